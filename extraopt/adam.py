@@ -1,0 +1,450 @@
+"""ExtraAdam: a `torch.optim.AdamW` whose step ends a cycle now and then."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import AdamW
+from torch.optim.adam import adam
+from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+
+from .cycle import Countdown, JumpReport, Lane, averaging, end_cycle, keeps_drift, new_anchor, new_drift, read_counters
+
+_KNOBS = {"extra_every": 10, "extra_steps": 50, "extra_beta": None, "extra_gate": 0.4, "extra_start": 0}
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    try:
+        if not isinstance(value, bool) and operator.index(value) >= least:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"Invalid {name}: {value!r}. It must be an integer >= {least}.")
+
+
+def _fraction(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> float | None:
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, (bool, str)) and fits(float(value)):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"Invalid {name}: {value!r}. It must be None or a number in {allowed}.")
+
+
+def _check_knobs(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs as plain int, float or None, which `torch.load(weights_only=True)` reads back."""
+    return {
+        "extra_every": _count("extra_every", knobs["extra_every"], 1),
+        "extra_steps": _count("extra_steps", knobs["extra_steps"], 0),
+        "extra_beta": _fraction("extra_beta", knobs["extra_beta"], "[0, 1)", lambda b: 0 <= b < 1),
+        "extra_gate": _fraction("extra_gate", knobs["extra_gate"], "(0, 1]", lambda g: 0 < g <= 1),
+        "extra_start": _count("extra_start", knobs["extra_start"], 0),
+    }
+
+
+def _keeps_drift(group: Mapping[str, Any]) -> bool:
+    return keeps_drift(group["extra_every"], group["extra_steps"], group["extra_beta"], group["extra_gate"])
+
+
+class ExtraAdam(AdamW):
+    r"""AdamW that jumps ahead along the straight part of its own path.
+
+    .. math::
+       \begin{aligned}
+            &\rule{110mm}{0.4pt}                                                                 \\
+            &\textbf{input}      : \text{all of AdamW's}, \; k \text{ (extra\_every)}, \;
+                N \text{ (extra\_steps)}, \; b \text{ (extra\_beta)},                            \\
+            &\hspace{13mm}      \gamma \text{ (extra\_gate)}, \; s \text{ (extra\_start)}        \\
+            &\textbf{initialize} : A \leftarrow \theta_0 \text{ (anchor)}, \;
+                V \leftarrow 0 \text{ (drift estimate)}                                          \\[-1.ex]
+            &\rule{110mm}{0.4pt}                                                                 \\
+            &\textbf{for} \: t=1 \: \textbf{to} \: \ldots \: \textbf{do}                         \\
+            &\hspace{5mm}\theta_t \leftarrow \text{AdamW}(\theta_{t-1})                          \\
+            &\hspace{5mm}\textbf{if} \: t \bmod k = 0                                            \\
+            &\hspace{10mm}D \leftarrow \theta_t - A                                              \\
+            &\hspace{10mm}g \leftarrow \mathrm{clip}(\cos(D, V) / \gamma, \, 0, \, 1)
+                \text{ to the nearest } 1/256; \;
+                0 \text{ if } D = 0 \text{ or } V = 0; \; 1 \text{ if } \gamma = \text{None}     \\
+            &\hspace{10mm}V \leftarrow b V + (1 - b) D                                           \\
+            &\hspace{10mm}\textbf{if} \: t \geq s: \;
+                \theta_t \leftarrow \theta_t + g \, (N / k) \, V                                 \\
+            &\hspace{10mm}A \leftarrow \theta_t                                                  \\
+            &\rule{110mm}{0.4pt}                                                          \\[-1.ex]
+            &\bf{return} \:  \theta_t                                                     \\[-1.ex]
+            &\rule{110mm}{0.4pt}                                                          \\[-1.ex]
+       \end{aligned}
+
+    :math:`t` counts *applied* steps of each parameter (its ``state["step"]``): a step that a gradient scaler skips does
+    not count. The cosine is taken over all gated parameters whose cycle ends in this step, as one long vector; a tensor
+    that did not move in this cycle, or has no estimate yet, does not jump. So with a gate nothing jumps in the first
+    cycle. Moments are kept over a jump.
+
+    ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None`` is the rule of RL-Extra in `Linear Dynamics in
+    the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and an outer SGD step
+    (DiLoCo, SNOO) with learning rate :math:`1 + N/k` and no momentum. With :math:`b > 0` and an open gate the rule is
+    an outer momentum step of the same family: the drift of :math:`j` cycles ago moves the weights by
+    :math:`(N/k)(1-b)b^j`, on top of the newest drift itself.
+
+    Args:
+        params (iterable): parameters, named parameters or dicts of parameter groups, as for
+            :class:`torch.optim.AdamW`; floating or complex tensors of any shape and layout, on any device, DTensors
+            too. Every ``extra_*`` below can be set for each group.
+        lr (float, Tensor, optional): learning rate (default: 1e-3)
+        betas (tuple[float, float], optional): decay of AdamW's running averages (default: (0.9, 0.999))
+        eps (float, optional): added to AdamW's denominator (default: 1e-8)
+        weight_decay (float, optional): decoupled weight decay (default: 1e-2)
+        amsgrad (bool, optional): AMSGrad variant (default: False)
+        maximize (bool, optional): maximize the objective (default: False)
+        foreach (bool, optional): AdamW's multi-tensor implementation (default: None, AdamW's choice)
+        capturable (bool, optional): keep step counters on the device (default: False). A cycle cannot end inside a
+            captured CUDA graph: capturing a step raises RuntimeError.
+        differentiable (bool, optional): let autograd see the step (default: False). The jump is a constant to it.
+        fused (bool, optional): AdamW's fused implementation (default: None)
+        extra_every (int, optional): :math:`k`, applied steps in a cycle, >= 1 (default: 10). After changing it during
+            training call :meth:`reset_anchor`.
+        extra_steps (int, optional): :math:`N`, steps to jump at the end of a cycle, >= 0; 0 is AdamW, bit for bit, with
+            no extra state (default: 50)
+        extra_beta (float, optional): :math:`b`, averaging of the drift over cycles, in [0, 1); None is
+            :math:`\max(0, 1 - k / 2N)`, 0.9 at the defaults (default: None)
+        extra_gate (float, optional): :math:`\gamma`, the coherence at which the gate is fully open, in (0, 1]; None
+            keeps it open (default: 0.4)
+        extra_start (int, optional): applied steps before the first jump is allowed, >= 0 (default: 0)
+
+    Shapes:
+        ``state[p]`` holds AdamW's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights before the
+        cycle), ``extra_drift`` (:math:`V`; absent for ``extra_beta=0, extra_gate=None``), both of the shape, dtype,
+        device and layout of ``p``, and ``extra_origin`` (int, the applied step from which cycles are counted).
+
+    Raises:
+        ValueError: a knob outside its range; a loaded anchor or drift whose shape is not the parameter's.
+        RuntimeError: sparse gradients; a step captured in a CUDA graph.
+
+    Warns:
+        RuntimeWarning: a tensor was refused because its weights, anchor or drift are not finite or its jump could
+            overflow its dtype. Its weights are left as AdamW made them and a new cycle starts from there.
+
+    .. note::
+        "ExtraAdam" is also the name of an extragradient Adam for games (`Gidel et al., arXiv 1802.10551`_). That is
+        another method; this one is not related to it.
+
+    .. note::
+        Steps that end no cycle never wait for the device, save for one transfer of the step counters when they live on
+        it (``fused``, ``capturable``) and the set of parameters with gradients has changed, or a state was loaded.
+
+    Example::
+
+        >>> optimizer = ExtraAdam(model.parameters(), lr=1e-5)   # was: torch.optim.AdamW(...)
+        >>> loss_fn(model(input), target).backward()
+        >>> optimizer.step()
+
+    .. _Linear Dynamics in the RLVR Training of LLMs:
+        https://arxiv.org/abs/2601.04537
+    .. _Gidel et al., arXiv 1802.10551:
+        https://arxiv.org/abs/1802.10551
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        extra_every: int = 10,
+        extra_steps: int = 50,
+        extra_beta: float | None = None,
+        extra_gate: float | None = 0.4,
+        extra_start: int = 0,
+    ) -> None:
+        knobs = _check_knobs(
+            {
+                "extra_every": extra_every,
+                "extra_steps": extra_steps,
+                "extra_beta": extra_beta,
+                "extra_gate": extra_gate,
+                "extra_start": extra_start,
+            }
+        )
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        for group in self.param_groups:
+            group.update(_check_knobs({**knobs, **group}))
+        self.defaults.update(knobs)
+        self._forget()
+
+    def _forget(self) -> None:
+        # caches only: nothing here is needed for a correct resume
+        self._countdowns: dict[int, Countdown] = {}
+        self._last_jump: JumpReport | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+        for key, value in _KNOBS.items():
+            self.defaults.setdefault(key, value)
+        for i, group in enumerate(self.param_groups):
+            group.update(_check_knobs({**self.defaults, **group}))
+            for j, p in enumerate(group["params"]):
+                for key in ("extra_anchor", "extra_drift"):
+                    loaded = self.state[p].get(key) if p in self.state else None
+                    if loaded is not None and loaded.shape != p.shape:
+                        raise ValueError(
+                            f"{key} of parameter {j} in group {i} has shape {tuple(loaded.shape)}, but the parameter "
+                            f"has {tuple(p.shape)}: the state dict is of another model or another order of parameters."
+                        )
+        if self.defaults.get("fused"):
+            self._step_supports_amp_scaling = True  # AdamW's constructor sets it; pickle and deepcopy lose it
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state made by ExtraAdam or by AdamW.
+
+        Knobs come from the checkpoint, as all options of a torch optimizer do; those it lacks keep this optimizer's
+        values. A parameter without an anchor in the checkpoint starts a new cycle at its next step.
+
+        Args:
+            state_dict (dict): what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: the groups do not match, or an anchor or drift has another shape than its parameter.
+        """
+        saved = state_dict.get("param_groups", [])
+        if len(saved) == len(self.param_groups):
+            own = [{key: group[key] for key in _KNOBS} for group in self.param_groups]
+            state_dict = {**state_dict, "param_groups": [{**o, **s} for o, s in zip(own, saved)]}
+        super().load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, whose parameters start a cycle of their own at their first step.
+
+        Args:
+            param_group (dict): ``params`` and options, the ``extra_*`` knobs among them.
+
+        Raises:
+            ValueError: a knob outside its range.
+        """
+        if "extra_every" in self.defaults and isinstance(param_group, dict):  # not yet in AdamW's constructor
+            param_group.update(_check_knobs({**self.defaults, **param_group}))
+        super().add_param_group(param_group)
+
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        state_steps: list[Tensor],
+    ) -> bool:
+        known = len(self.state)
+        has_complex: bool = super()._init_group(  # type: ignore[no-untyped-call]
+            group, params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps
+        )
+        if group["extra_steps"]:
+            # states that AdamW has just made stand at step 0: no need to ask the device
+            fresh = {id(p) for p in islice(reversed(self.state), len(self.state) - known)}
+            if fresh and len(fresh) == len(params_with_grad):
+                self._countdowns[id(group)] = Countdown(state_steps, group["extra_every"], 0, group["extra_every"])
+            drifts = _keeps_drift(group)
+            for p in params_with_grad:
+                state = self.state[p]
+                if "extra_anchor" not in state or "extra_origin" not in state:
+                    state["extra_anchor"] = new_anchor(p)
+                    state["extra_origin"] = 0 if id(p) in fresh else int(state["step"])
+                if drifts and "extra_drift" not in state:
+                    state["extra_drift"] = new_drift(p)
+        return has_complex
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single AdamW step, and end the cycles that are due with it.
+
+        Args:
+            closure (Callable, optional): reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: gradients are sparse, or the step is being captured in a CUDA graph.
+        """
+        self._accelerator_graph_capture_health_check()
+
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        stepped = []
+        for group in self.param_groups:
+            params_with_grad: list[Tensor] = []
+            grads: list[Tensor] = []
+            exp_avgs: list[Tensor] = []
+            exp_avg_sqs: list[Tensor] = []
+            max_exp_avg_sqs: list[Tensor] = []
+            state_steps: list[Tensor] = []
+            beta1, beta2 = group["betas"]
+
+            has_complex = self._init_group(
+                group,
+                params_with_grad,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                max_exp_avg_sqs,
+                state_steps,
+            )
+
+            adam(
+                params_with_grad,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                max_exp_avg_sqs,
+                state_steps,
+                amsgrad=group["amsgrad"],
+                has_complex=has_complex,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+                foreach=group["foreach"],
+                capturable=group["capturable"],
+                differentiable=group["differentiable"],
+                fused=group["fused"],
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+                decoupled_weight_decay=group["decoupled_weight_decay"],
+            )
+            stepped.append((params_with_grad, state_steps))
+
+        self._end_due_cycles(stepped)
+        return loss
+
+    @_disable_dynamo
+    def _end_due_cycles(self, stepped: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+        lanes = []
+        for group, (params, counters) in zip(self.param_groups, stepped):
+            # a group whose horizon was set to 0 in mid-run keeps its anchors fresh, so that it can be set back
+            if not params or not (group["extra_steps"] or "extra_anchor" in self.state[params[0]]):
+                continue
+            if counters[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "ExtraAdam.step() cannot be captured in a CUDA graph: a replay would never end a cycle. Capture "
+                    "the forward and backward pass and call step() outside the graph, or set extra_steps=0."
+                )
+            every = group["extra_every"]
+            countdown = self._countdowns.get(id(group))
+            if countdown is not None and countdown.running(counters, every):
+                continue
+            steps = dict(zip(params, read_counters(counters)))
+            elapsed = {p: step - self.state[p]["extra_origin"] for p, step in steps.items()}
+            self._countdowns[id(group)] = Countdown(
+                counters, every, steps[params[0]], min(every - n % every for n in elapsed.values())
+            )
+            lanes += self._lane(group, {p: steps[p] for p, n in elapsed.items() if n > 0 and n % every == 0})
+        found_inf = getattr(self, "found_inf", None)
+        if lanes and not (found_inf is not None and bool(found_inf)):  # a step that was skipped ends no cycle
+            self._last_jump = end_cycle(lanes)
+
+    def _lane(self, group: dict[str, Any], steps: dict[Tensor, int]) -> list[Lane]:
+        if not steps:
+            return []
+        states = [self.state[p] for p in steps]
+        drifts = None
+        if _keeps_drift(group):
+            for p, state in zip(steps, states):
+                if "extra_drift" not in state:
+                    state["extra_drift"] = new_drift(p)
+            drifts = [state["extra_drift"] for state in states]
+        return [
+            Lane(
+                params=list(steps),
+                anchors=[state["extra_anchor"] for state in states],
+                drifts=drifts,
+                steps=list(steps.values()),
+                every=group["extra_every"],
+                horizon=group["extra_steps"],
+                beta=averaging(group["extra_every"], group["extra_steps"], group["extra_beta"]),
+                gate=group["extra_gate"],
+                start=group["extra_start"],
+                differentiable=group["differentiable"],
+            )
+        ]
+
+    @property
+    def last_jump(self) -> JumpReport | None:
+        """What the last end of a cycle did in this process, or None: see :class:`~extraopt.cycle.JumpReport`."""
+        return self._last_jump
+
+    @torch.no_grad()
+    def jump(self) -> JumpReport | None:
+        """End the running cycle of every parameter now, and start the next one here.
+
+        For trainers that know a better moment than a count of steps: before weights are sent to an inference engine,
+        at the end of an RL iteration. The drift is that of the steps taken since the anchor, so a cycle that is ended
+        after j of its k steps jumps about j/k of the horizon. Parameters without an applied step since their anchor are
+        left alone: calling this twice, or right after a cycle ended by itself, does nothing.
+
+        Returns:
+            What was done, or None where there was nothing to do.
+        """
+        lanes = []
+        for group, steps in self._anchored_steps():
+            begun = {p: n for p, n in steps.items() if (n - self.state[p]["extra_origin"]) % group["extra_every"]}
+            lanes += self._lane(group, begun)
+            for p, step in begun.items():
+                self.state[p]["extra_origin"] = step
+        self._countdowns.clear()
+        if not lanes:
+            return None
+        self._last_jump = end_cycle(lanes)
+        return self._last_jump
+
+    @torch.no_grad()
+    def reset_anchor(self) -> None:
+        """Start a new cycle at the weights as they are now, without jumping.
+
+        Call it after weights were edited from outside (best model loaded, averaged weights swapped in, pruning): else
+        the next jump extrapolates across the edit. The drift estimate is kept; the gate judges whether it still holds.
+        """
+        for _, steps in self._anchored_steps():
+            for p, step in steps.items():
+                self.state[p]["extra_anchor"].copy_(p)
+                self.state[p]["extra_origin"] = step
+        self._countdowns.clear()
+
+    def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], dict[Tensor, int]]]:
+        """Each group with those of its parameters that have an anchor, and their applied steps."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if "extra_anchor" in self.state.get(p, ())]
+            if params:
+                yield group, dict(zip(params, read_counters([self.state[p]["step"] for p in params])))

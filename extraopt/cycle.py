@@ -1,0 +1,214 @@
+"""One cycle over lists of tensors: when it is due, drift, jump, re-anchor. Knows no optimizer class."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import gate as gates
+from . import kernels
+
+
+@dataclass(frozen=True)
+class JumpReport:
+    """What the end of a cycle did.
+
+    Attributes:
+        step: applied optimizer steps of the tensors concerned (the largest, where they differ).
+        gate: how far the gate was open, 0 (only re-anchored) to 1 (the whole horizon); the widest of the groups.
+        coherence: cos(drift of this cycle, estimate so far) over all gated tensors, -1 to 1.
+        drift_norm: ||V||, the estimate after this cycle, in weight units.
+        weight_norm: ||W|| before the jump.
+        jumped: tensors moved.
+        refused: tensors left where they were because a number was not finite or would have left its dtype's range.
+    """
+
+    step: int
+    gate: float
+    coherence: float
+    drift_norm: float
+    weight_norm: float
+    jumped: int
+    refused: int
+
+
+@dataclass
+class Lane:
+    """Tensors whose cycle ends now and that share their knobs."""
+
+    params: list[Tensor]
+    anchors: list[Tensor]
+    drifts: list[Tensor] | None
+    steps: list[int]
+    every: int
+    horizon: int
+    beta: float
+    gate: float | None
+    start: int
+    differentiable: bool = False
+
+
+def new_anchor(p: Tensor) -> Tensor:
+    """A copy of `p`: same shape, dtype, device and strides (a DTensor of one)."""
+    return p.detach().clone(memory_format=torch.preserve_format)
+
+
+def new_drift(p: Tensor) -> Tensor:
+    """An estimate that knows nothing yet: zeros like `p`."""
+    return torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def averaging(every: int, horizon: int, beta: float | None) -> float:
+    """The b that is used: `beta`, or max(0, 1 - k / (2N)) for None."""
+    if beta is not None:
+        return beta
+    return max(0.0, 1 - every / (2 * horizon)) if horizon else 0.0
+
+
+def keeps_drift(every: int, horizon: int, beta: float | None, gate: float | None) -> bool:
+    """Whether the rule needs an estimate besides the anchor: not for the paper's (b = 0, no gate)."""
+    return gate is not None or averaging(every, horizon, beta) > 0
+
+
+@dataclass
+class Countdown:
+    """Tells, without reading every step counter, that no cycle of a list of tensors can have ended yet.
+
+    Attributes:
+        counters: the 0-dim step counters of the list.
+        every: k when the countdown began.
+        first: what the first counter stood at then.
+        left: how many more applied steps the list needed then until the first of its cycles would end.
+        calls: optimizer steps since then; some may have been skipped.
+    """
+
+    counters: list[Tensor]
+    every: int
+    first: int
+    left: int
+    calls: int = 0
+
+    def running(self, counters: Sequence[Tensor], every: int) -> bool:
+        """Whether all cycles of the list surely go on after one more call. Never waits for a device."""
+        if every != self.every or len(counters) != len(self.counters) or not all(map(is_, counters, self.counters)):
+            return False
+        self.calls += 1
+        # on a CPU reading one counter is free, and notices skipped steps and edits from outside
+        elapsed = int(counters[0]) - self.first if counters[0].is_cpu else self.calls
+        return 0 <= elapsed < self.left
+
+
+def read_counters(counters: Sequence[Tensor]) -> list[int]:
+    """The values of 0-dim step counters; one transfer for all that live on a device."""
+    if all(c.is_cpu for c in counters):
+        return [int(c) for c in counters]
+    return [int(c) for c in torch.stack([c.to(counters[0].device) for c in counters]).tolist()]
+
+
+def _sum_over_shards(sums: Tensor, params: Sequence[Any]) -> Tensor:
+    """Add up the sums of tensors that are sharded over ranks, so that every rank decides on the whole tensor.
+
+    One all-reduce for each dimension of each mesh: [tensors of the mesh, 4] float64.
+    """
+    meshes: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        if _is_dtensor(p):
+            meshes.setdefault(p.device_mesh, []).append(i)
+    for mesh, indices in meshes.items():
+        for dim in range(mesh.ndim):
+            split = torch.tensor([not params[i].placements[dim].is_replicate() for i in indices])
+            if mesh.size(dim) == 1 or not split.any():
+                continue
+            total = sums[indices].to(mesh.device_type)
+            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+            sums[indices] = torch.where(split[:, None], total.cpu(), sums[indices])
+    return sums
+
+
+def _is_dtensor(t: Any) -> bool:
+    return hasattr(t, "to_local")  # importing the class would double the time of `import extraopt`
+
+
+def _local(tensors: Sequence[Any]) -> list[Tensor]:
+    return [t.to_local() if _is_dtensor(t) else t.detach() for t in tensors]
+
+
+@torch.no_grad()
+def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
+    """End the cycle of every tensor of `lanes`: decide how far all of them may jump, then jump and re-anchor.
+
+    The gate is common to all gated lanes. A tensor whose drift, estimate or weights are not finite, or whose jump could
+    leave its dtype's range, is refused: it keeps its weights, gets a new anchor, and a RuntimeWarning says so.
+    """
+    sums = []
+    for lane in lanes:
+        drifts = None if lane.drifts is None else _local(lane.drifts)
+        local = kernels.cycle_sums(_local(lane.params), _local(lane.anchors), drifts)
+        sums.append(_sum_over_shards(local, lane.params))
+    watched = [s for lane, s in zip(lanes, sums) if lane.gate is not None] or sums
+    every_sum = torch.cat(watched)
+    cosine = gates.coherence(every_sum[gates.finite(every_sum)])
+
+    widest, drift_sq, weight_sq, jumped, refused = 0.0, 0.0, 0.0, 0, []
+    for lane, s in zip(lanes, sums):
+        finite = gates.finite(s)
+        g = gates.openness(cosine, lane.gate)
+        may = finite & (torch.tensor(lane.steps) >= lane.start)
+        if lane.gate is not None:
+            may &= ~gates.still(s)
+        norms = gates.averaged_norm(s, lane.beta)
+        ratios = may.double() * (g * lane.horizon / lane.every)
+        overflow = (ratios > 0) & gates.overflows(s, norms, ratios, [p.dtype for p in lane.params])
+        ratios[overflow] = 0.0
+        _apply(lane, finite.tolist(), ratios.tolist(), s[:, 2].isfinite().tolist())
+
+        if ratios.any():
+            widest = max(widest, g)
+        drift_sq += float(norms[finite].square().sum())
+        weight_sq += float(s[finite, 3].sum())
+        jumped += int((ratios > 0).sum())
+        refused += [p for p, bad in zip(lane.params, (~finite | overflow).tolist()) if bad]
+
+    step = max(max(lane.steps) for lane in lanes)
+    if refused:
+        warnings.warn(
+            f"ExtraAdam: {len(refused)} of {sum(len(lane.params) for lane in lanes)} tensors did not jump at applied "
+            f"step {step}: a weight, anchor or drift is not finite, or the jump could overflow (first: shape "
+            f"{tuple(refused[0].shape)}, {refused[0].dtype}). Their weights were left as they are and re-anchored.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return JumpReport(step, widest, cosine, drift_sq**0.5, weight_sq**0.5, jumped, len(refused))
+
+
+def _apply(lane: Lane, finite: list[bool], ratios: list[float], drift_finite: list[bool]) -> None:
+    chosen = [i for i, ok in enumerate(finite) if ok]
+    for i in set(range(len(finite))) - set(chosen):
+        lane.anchors[i].copy_(lane.params[i])
+        if lane.drifts is not None and not drift_finite[i]:
+            lane.drifts[i].zero_()
+
+    params, anchors = [lane.params[i] for i in chosen], [lane.anchors[i] for i in chosen]
+    drifts = None if lane.drifts is None else [lane.drifts[i] for i in chosen]
+    ratios = [ratios[i] for i in chosen]
+    if not lane.differentiable:
+        local_drifts = None if drifts is None else _local(drifts)
+        kernels.jump_(_local(params), _local(anchors), local_drifts, ratios, 1 - lane.beta)
+        return
+    # the jump is a constant to autograd: gradients pass through it unchanged
+    if drifts is None:
+        drifts = [p.detach() - a for p, a in zip(params, anchors)]
+    else:
+        kernels.jump_(_local(params), _local(anchors), _local(drifts), [0.0] * len(params), 1 - lane.beta)
+    with torch.enable_grad():
+        for p, v, ratio in zip(params, drifts, ratios):
+            if ratio:
+                p.add_(v, alpha=ratio)
+    for p, a in zip(params, anchors):
+        a.copy_(p.detach())
