@@ -1,0 +1,183 @@
+"""jump(), reset_anchor(), last_jump, and when a cycle is due."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from extraopt import ExtraAdam, JumpReport
+
+PAPER = {"extra_every": 5, "extra_steps": 20, "extra_beta": 0.0, "extra_gate": None}
+
+
+def model(*shapes: tuple[int, ...], seed: int = 0, **knobs):
+    g = torch.Generator().manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(s, generator=g)) for s in shapes or [(4, 3), (5,)]]
+    return params, ExtraAdam(params, lr=0.01, **knobs)
+
+
+def run(params, optimizer, steps: int) -> list[int]:
+    """Applied steps at which a cycle ended."""
+    ends, last = [], optimizer.last_jump
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        if optimizer.last_jump is not last:
+            last = optimizer.last_jump
+            ends.append(last.step)
+    return ends
+
+
+def test_cycles_end_every_k_applied_steps():
+    params, optimizer = model(**PAPER)
+    assert optimizer.last_jump is None
+    assert run(params, optimizer, 17) == [5, 10, 15]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_nothing_jumps_in_the_first_cycle_with_a_gate(k):
+    params, optimizer = model(extra_every=k, extra_steps=6)
+    run(params, optimizer, k)
+    assert optimizer.last_jump.gate == 0 and optimizer.last_jump.jumped == 0
+    run(params, optimizer, k)
+    assert optimizer.last_jump.gate == 1 and optimizer.last_jump.jumped == 2
+
+
+def test_last_jump_tells_what_was_done_and_cannot_be_written():
+    params, optimizer = model(**PAPER)
+    run(params, optimizer, 4)
+    anchor = [optimizer.state[p]["extra_anchor"].clone() for p in params]
+    run(params, optimizer, 1)
+    report = optimizer.last_jump
+    moved = torch.cat([(p - a).flatten() for p, a in zip(params, anchor)]).double()  # (1 + N/k) * D
+    assert isinstance(report, JumpReport)
+    assert (report.step, report.gate, report.jumped, report.refused) == (5, 1.0, 2, 0)
+    assert report.drift_norm == pytest.approx(float(moved.norm()) / 5, rel=1e-4)
+    before = torch.cat([(a + (p - a) / 5).flatten() for p, a in zip(params, anchor)]).double()
+    assert report.weight_norm == pytest.approx(float(before.norm()), rel=1e-4)
+    with pytest.raises(AttributeError):
+        report.gate = 0.5
+    with pytest.raises(AttributeError):
+        optimizer.last_jump = None
+
+
+def test_coherence_closes_the_gate_when_the_path_turns_back():
+    params, optimizer = model(extra_every=3, extra_steps=9, extra_gate=0.4)
+    run(params, optimizer, 6)
+    for p in params:  # from now on the other way, faster than the moments remember
+        optimizer.state[p]["exp_avg"].neg_()
+    with torch.no_grad():
+        for p in params:
+            p.grad = -torch.ones_like(p)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.last_jump.coherence < 0 and optimizer.last_jump.gate == 0 and optimizer.last_jump.jumped == 0
+
+
+def test_jump_ends_the_cycle_early_and_the_next_one_is_whole():
+    params, optimizer = model(**PAPER)
+    run(params, optimizer, 3)
+    end = [p.detach().clone() for p in params]
+    anchor = [optimizer.state[p]["extra_anchor"].clone() for p in params]
+    report = optimizer.jump()
+    assert report is optimizer.last_jump and report.step == 3 and report.jumped == 2
+    for p, e, a in zip(params, end, anchor):
+        torch.testing.assert_close(p, e + 4 * (e - a))
+        assert torch.equal(optimizer.state[p]["extra_anchor"], p)
+    assert run(params, optimizer, 11) == [8, 13]
+
+
+def test_jump_twice_or_at_the_end_of_a_cycle_does_nothing():
+    params, optimizer = model(**{**PAPER, "extra_beta": 0.5})
+    assert optimizer.jump() is None  # before the first step
+    run(params, optimizer, 5)
+    weights = [p.detach().clone() for p in params]
+    drifts = [optimizer.state[p]["extra_drift"].clone() for p in params]
+    assert optimizer.jump() is None
+    assert all(torch.equal(p, w) for p, w in zip(params, weights))
+    assert all(torch.equal(optimizer.state[p]["extra_drift"], v) for p, v in zip(params, drifts))
+    assert run(params, optimizer, 5) == [10]
+
+
+def test_an_edit_from_outside_is_not_extrapolated_after_reset_anchor():
+    params, optimizer = model(**PAPER)
+    run(params, optimizer, 7)
+    with torch.no_grad():
+        for p in params:
+            p.zero_()
+    optimizer.reset_anchor()
+    assert run(params, optimizer, 5) == [12]
+    assert all(
+        float(p.detach().abs().max()) < 0.3 for p in params
+    )  # 5 + 20 steps of lr 0.01, not -4 times the old weights
+
+
+def test_no_jump_before_extra_start_but_the_estimate_learns():
+    params, optimizer = model(extra_every=3, extra_steps=9, extra_start=8)
+    adamw_params, _ = model()
+    adamw = torch.optim.AdamW(adamw_params, lr=0.01)
+    for _ in range(8):
+        run(params, optimizer, 1)
+        for p in adamw_params:
+            p.grad = torch.ones_like(p)
+        adamw.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, adamw_params))
+    assert optimizer.last_jump.jumped == 0 and optimizer.last_jump.drift_norm > 0
+    run(params, optimizer, 1)
+    assert optimizer.last_jump.gate == 1 and optimizer.last_jump.jumped == 2
+
+
+def test_a_tensor_that_stood_still_or_is_new_does_not_ride_on_the_coherence_of_the_others():
+    (moving, still, late), optimizer = model((4,), (3,), (2,), extra_every=3, extra_steps=9, extra_beta=0.0)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    run([moving, still], optimizer, 6)
+    with torch.no_grad():
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[still][key].zero_()
+    optimizer.state[late] = {}
+    for t in range(3):
+        moving.grad, still.grad, late.grad = torch.ones(4), torch.zeros(3), torch.ones(2)
+        if t == 0:
+            w = still.detach().clone()
+        optimizer.step()
+    assert optimizer.last_jump.gate == 1 and optimizer.last_jump.jumped == 1
+    assert torch.equal(still, w)
+    assert float(optimizer.state[late]["step"]) == 3 and optimizer.last_jump.step == 9
+
+
+def test_a_horizon_set_to_zero_and_back_jumps_one_cycle_far():
+    params, optimizer = model(**PAPER)
+    run(params, optimizer, 5)
+    optimizer.param_groups[0]["extra_steps"] = 0
+    run(params, optimizer, 20)
+    optimizer.param_groups[0]["extra_steps"] = 20
+    before = [p.detach().clone() for p in params]
+    run(params, optimizer, 5)
+    assert optimizer.last_jump.jumped == 2
+    assert all(float((p - b).abs().max()) < 26 * 0.011 for p, b in zip(params, before))
+
+
+def test_state_costs_two_copies_one_without_an_estimate_none_without_a_horizon():
+    for knobs, copies in (({}, 2), ({"extra_beta": 0.0}, 2), (PAPER, 1), ({"extra_steps": 0}, 0)):
+        params, optimizer = model((64, 8), **knobs)
+        run(params, optimizer, 1)
+        extra = [v for k, v in optimizer.state[params[0]].items() if k.startswith("extra_") and torch.is_tensor(v)]
+        assert sum(v.untyped_storage().nbytes() for v in extra) == copies * 64 * 8 * 4
+
+
+def test_a_differentiable_step_passes_gradients_through_the_jump():
+    start = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    p = start * 1.0
+    p.retain_grad()
+    optimizer = ExtraAdam(
+        [p], lr=0.1, differentiable=True, extra_every=1, extra_steps=3, extra_gate=None, extra_beta=0.0
+    )
+    p.grad = torch.ones(3, dtype=torch.float64)
+    optimizer.step()
+    assert optimizer.last_jump.jumped == 1
+    p.sum().backward()
+    assert torch.allclose(
+        start.grad, torch.full((3,), 1 - 0.1 * 0.01, dtype=torch.float64)
+    )  # only weight decay scales it

@@ -1,0 +1,304 @@
+"""Every implementation and the whole optimizer against the float64 reference, over random inputs."""
+
+from __future__ import annotations
+
+import io
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from extraopt.kernels import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from extraopt import ExtraAdam
+from extraopt.cycle import Lane, averaging, end_cycle
+
+settings.register_profile("extraopt", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("extraopt")
+
+REAL = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LAYOUTS = ["contiguous", "transposed", "channels_last", "offset", "gapped"]
+shapes = st.one_of(
+    st.just(()), st.just((0,)), st.just((0, 3)), st.tuples(st.integers(1, 40)), st.tuples(*[st.integers(1, 9)] * 2)
+) | st.tuples(*[st.integers(1, 5)] * 4)
+knobs = st.fixed_dictionaries(
+    {
+        "extra_every": st.integers(1, 7),
+        "extra_steps": st.integers(1, 40),
+        "extra_beta": st.none() | st.floats(0, 0.99),
+        "extra_gate": st.none() | st.floats(0.05, 1),
+    }
+)
+
+
+def make(shape: tuple[int, ...], layout: str, dtype: torch.dtype, generator: torch.Generator, scale: float) -> Tensor:
+    """A tensor of that shape whose elements lie in storage as the layout says."""
+    values = (torch.randn(shape, dtype=torch.float64, generator=generator) * scale).to(dtype)
+    if layout == "transposed" and len(shape) > 1:
+        return values.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "channels_last" and len(shape) == 4:
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "offset":
+        return torch.cat([values.new_zeros(3), values.reshape(-1)])[3:].view(shape)
+    if layout == "gapped" and len(shape) > 0:
+        return torch.stack([values, values], -1)[..., 0]
+    return values
+
+
+def bound(dtype: torch.dtype, result: Tensor, ratio: float, *terms: Tensor) -> Tensor:
+    """One rounding into the dtype, and the roundings of the float32 (float64) arithmetic before it."""
+    eps = torch.finfo(dtype).eps
+    work = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    arithmetic = 4 * work * (1 + ratio) * sum(t.abs().double() for t in terms)
+    return eps / 2 * (result.abs() + arithmetic) + arithmetic + torch.finfo(dtype).smallest_normal * eps
+
+
+def assert_within_one_rounding(got: Tensor, want: Tensor, ratio: float, *terms: Tensor) -> None:
+    error = (got.double() - want).abs()
+    assert bool((error <= bound(got.dtype, want, ratio, *terms)).all()), f"off by {error.max()} in {got.dtype}"
+
+
+@given(
+    tensors=st.lists(st.tuples(shapes, st.sampled_from(LAYOUTS), st.sampled_from(REAL)), min_size=1, max_size=6),
+    knobs=knobs,
+    seed=st.integers(0, 2**30),
+    along=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_the_end_of_a_cycle_is_the_reference_within_one_rounding(tensors, knobs, seed, along):
+    g = torch.Generator().manual_seed(seed)
+    E = [make(*t, g, 1.0) for t in tensors]
+    A = [(e.double() + torch.randn(e.shape, dtype=torch.float64, generator=g) * 0.01).to(e.dtype) for e in E]
+    # an estimate that agrees with the drift more or less, so that gates open more or less
+    V = [(along * (e.double() - a.double()) + make(e.shape, "contiguous", torch.float64, g, 0.01)).to(e.dtype)
+         for e, a in zip(E, A)]  # fmt: skip
+    k, n, gate = knobs["extra_every"], knobs["extra_steps"], knobs["extra_gate"]
+    b = averaging(k, n, knobs["extra_beta"])
+    want_W, want_V, want_g = reference.end_cycle(E, A, V, every=k, steps=n, beta=b, gate=gate)
+
+    P = [make_like(e) for e in E]
+    anchors, drifts = [make_like(a) for a in A], [make_like(v) for v in V]
+    report = end_cycle([Lane(P, anchors, drifts, [k] * len(P), every=k, horizon=n, beta=b, gate=gate, start=0)])
+
+    ratio = want_g * n / k
+    assert abs(report.gate - (want_g if report.jumped else 0)) <= 1 / 256  # float32 sums may fall across a boundary
+    if report.jumped and report.gate != want_g:
+        return
+    for p, a, v, e, a0, v0, w, nv in zip(P, anchors, drifts, E, A, V, want_W, want_V):
+        assert torch.equal(a, p)
+        assert_within_one_rounding(v, nv, 0, e, a0, v0)
+        assert_within_one_rounding(p, w, ratio, e, a0, v0)
+
+
+def make_like(t: Tensor) -> Tensor:
+    """A copy with the same strides, gaps included."""
+    if t.numel() == 0 or t.is_contiguous():
+        return t.clone()
+    base = torch.empty(sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1, dtype=t.dtype)
+    return base.as_strided(t.shape, t.stride()).copy_(t)
+
+
+def test_complex_tensors_jump_as_pairs_of_reals():
+    g = torch.Generator().manual_seed(0)
+    E, A, V = (torch.randn(5, 3, dtype=torch.complex64, generator=g) for _ in range(3))
+    V = V + (E - A)
+    pairs = [torch.view_as_real(t) for t in (E, A, V)]
+    want, _, gate = reference.end_cycle(*([t] for t in pairs), every=3, steps=9, beta=0.8, gate=0.4)
+    p = E.clone()
+    report = end_cycle([Lane([p], [A.clone()], [V.clone()], [3], every=3, horizon=9, beta=0.8, gate=0.4, start=0)])
+    assert report.gate == gate > 0
+    assert_within_one_rounding(torch.view_as_real(p), want[0], gate * 3, *pairs)
+
+
+class Shadow:
+    """AdamW beside an ExtraAdam: it tells where each step would have ended without a jump."""
+
+    def __init__(self, params: list[Tensor], **options: Any) -> None:
+        self.params = [torch.nn.Parameter(make_like(p.detach())) for p in params]
+        self.optimizer = torch.optim.AdamW(self.params, **options)
+
+    def step(self, params: list[Tensor]) -> list[Tensor]:
+        for mine, p in zip(self.params, params):
+            mine.data.copy_(p.detach())
+            mine.grad = None if p.grad is None else make_like(p.grad)
+        self.optimizer.step()
+        return [p.detach().clone() for p in self.params]
+
+
+def gradients(params: list[Tensor], target: list[Tensor], generator: torch.Generator) -> None:
+    for p, t in zip(params, target):
+        p.grad = (p.detach() - t + 0.3 * torch.randn(p.shape, generator=generator).to(p.dtype)).to(p.dtype)
+
+
+def leaves(kinds: list[Any], generator: torch.Generator) -> list[Tensor]:
+    return [torch.nn.Parameter(make(*kind, generator, 1.0)) for kind in kinds]
+
+
+kinds = st.lists(
+    st.tuples(shapes, st.sampled_from(LAYOUTS[:4]), st.sampled_from([torch.float32, torch.bfloat16, torch.float64])),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+@given(
+    kinds=kinds,
+    knobs=st.lists(knobs, min_size=1, max_size=2),
+    implementation=st.sampled_from(["forloop", "foreach", "fused"]),
+    start=st.integers(0, 9),
+    seed=st.integers(0, 2**30),
+)
+def test_every_step_is_adamw_and_every_kth_is_the_reference(kinds, knobs, implementation, start, seed):
+    g = torch.Generator().manual_seed(seed)
+    params = leaves(kinds, g)
+    target = [make(p.shape, "contiguous", p.dtype, g, 1.0) for p in params]
+    options = {"lr": 0.01, "foreach": implementation == "foreach", "fused": implementation == "fused"}
+    groups = [{"params": params[i :: len(knobs)], **knob} for i, knob in enumerate(knobs)]
+    groups = [group for group in groups if group["params"]]
+    optimizer = ExtraAdam(groups, extra_start=start, **options)
+    shadow = Shadow(params, **options)
+    anchors = {p: p.detach().clone() for p in params}
+    drifts = {p: torch.zeros_like(p) for p in params}
+
+    for t in range(1, 15):
+        gradients(params, target, g)
+        without_jump = dict(zip(params, shadow.step(params)))
+        optimizer.step()
+        due = [group for group in optimizer.param_groups if t % group["extra_every"] == 0]
+        gated = [p for group in due if group["extra_gate"] is not None for p in group["params"]]
+        for group in optimizer.param_groups:
+            ps = group["params"]
+            if t % group["extra_every"]:
+                assert all(torch.equal(p, without_jump[p]) for p in ps)
+                continue
+            k, n, gate = group["extra_every"], group["extra_steps"], group["extra_gate"]
+            b = averaging(k, n, group["extra_beta"])
+            lists = [[without_jump[p] for p in ps], [anchors[p] for p in ps], [drifts[p] for p in ps]]
+            # the gate looks at all gated tensors that are due, whatever their group
+            all_lists = [[without_jump[p] for p in gated], [anchors[p] for p in gated], [drifts[p] for p in gated]]
+            _, _, coherent = reference.end_cycle(*all_lists, every=k, steps=n, beta=b, gate=gate)
+            want_W, want_V, _ = reference.end_cycle(*lists, every=k, steps=n, beta=b, gate=None)
+            for p, w, v, (e, a0, v0) in zip(ps, want_W, want_V, zip(*lists)):
+                still = gate is not None and not (bool((e != a0).any()) and bool(v0.any()))
+                opened = 0.0 if still or t < start else 1.0 if gate is None else coherent
+                w = e.double() + opened * (w - e.double())
+                assert_within_one_rounding(p, w, opened * n / k, e, a0, v0, v0)
+                if "extra_drift" in optimizer.state[p]:
+                    assert_within_one_rounding(optimizer.state[p]["extra_drift"], v, 0, e, a0, v0)
+        for group in due:
+            for p in group["params"]:
+                assert torch.equal(optimizer.state[p]["extra_anchor"], p)
+                anchors[p] = p.detach().clone()
+                drifts[p] = optimizer.state[p].get("extra_drift", torch.zeros_like(p)).clone()
+
+
+@given(kinds=kinds, knob=knobs, seed=st.integers(0, 2**30), stop=st.integers(0, 12), fused=st.booleans())
+def test_a_run_resumed_at_a_random_step_is_bit_equal(kinds, knob, seed, stop, fused):
+    g = torch.Generator().manual_seed(seed)
+    params = leaves(kinds, g)
+    target = [make(p.shape, "contiguous", p.dtype, g, 1.0) for p in params]
+    noise = [g.get_state()]
+
+    def train(params: list[Tensor], optimizer: ExtraAdam, steps: int) -> None:
+        g.set_state(noise[0])
+        for _ in range(steps):
+            gradients(params, target, g)
+            optimizer.step()
+        noise[0] = g.get_state()
+
+    optimizer = ExtraAdam(params, lr=0.01, fused=fused, **knob)
+    train(params, optimizer, stop)
+    file = io.BytesIO()
+    torch.save({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
+    at_stop = noise[0]
+    train(params, optimizer, 9)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = [torch.nn.Parameter(p) for p in saved["params"]]
+    again = ExtraAdam(resumed, lr=0.01, fused=fused)
+    again.load_state_dict(saved["optimizer"])
+    noise[0] = at_stop
+    train(resumed, again, 9)
+    assert all(torch.equal(a, b) for a, b in zip(params, resumed))
+    for p, q in zip(params, resumed):
+        assert optimizer.state[p].keys() == again.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            other = again.state[q][key]
+            assert torch.equal(value, other) if isinstance(value, Tensor) else value == other, key
+
+
+RESUME = """
+import sys, torch
+from extraopt import ExtraAdam
+file = sys.argv[1]
+results = []
+for case in torch.load(file, weights_only=True):
+    params = [torch.nn.Parameter(p) for p in case["params"]]
+    optimizer = ExtraAdam(params)
+    optimizer.load_state_dict(case["optimizer"])
+    for grads in case["grads"]:
+        for p, grad in zip(params, grads):
+            p.grad = grad
+        optimizer.step()
+    results.append([p.detach() for p in params])
+torch.save(results, file + ".resumed")
+"""
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_run_resumed_in_a_new_process_is_bit_equal_at_every_offset_in_a_cycle(tmp_path, fused):
+    knobs = [
+        {"extra_every": 3, "extra_steps": 9},
+        {"extra_every": 7, "extra_steps": 21, "extra_beta": 0.0, "extra_gate": None},
+        {"extra_every": 4, "extra_steps": 8, "extra_beta": 0.5, "extra_gate": None, "extra_start": 5},
+    ]
+    cases, wanted = [], []
+    for knob in knobs:
+        for stop in range(2 * knob["extra_every"] + 1):
+            g = torch.Generator().manual_seed(stop)
+            params = [torch.nn.Parameter(torch.randn(s, generator=g).to(d)) for s, d in
+                      [((4, 3), torch.float32), ((17,), torch.bfloat16), ((), torch.float64)]]  # fmt: skip
+            optimizer = ExtraAdam(params, lr=0.02, fused=fused, **knob)
+            grads = [
+                [(1 + 0.3 * torch.randn(p.shape, generator=g)).to(p.dtype) for p in params] for _ in range(stop + 9)
+            ]
+            for i, step in enumerate(grads):
+                if i == stop:
+                    state = io.BytesIO()
+                    torch.save({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, state)
+                for p, grad in zip(params, step):
+                    p.grad = grad.clone()
+                optimizer.step()
+            state.seek(0)
+            cases.append({**torch.load(state, weights_only=True), "grads": grads[stop:]})
+            wanted.append([p.detach() for p in params])
+            assert optimizer.last_jump is not None and optimizer.last_jump.jumped == 3
+    torch.save(cases, tmp_path / "cases.pt")
+    subprocess.run([sys.executable, "-c", RESUME, str(tmp_path / "cases.pt")], check=True, cwd=tmp_path)
+    for want, got in zip(wanted, torch.load(tmp_path / "cases.pt.resumed", weights_only=True)):
+        assert all(torch.equal(a, b) for a, b in zip(want, got))
+
+
+@pytest.mark.parametrize("k, n", [(5, 20), (20, 100), (3, 3)])
+def test_the_papers_setting_is_lookahead_with_alpha_above_one(k, n):
+    g = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(9)), torch.nn.Parameter(torch.ones(2, 3))] for _ in range(2))
+    optimizer = ExtraAdam(ours, lr=1e-2, extra_every=k, extra_steps=n, extra_beta=0.0, extra_gate=None)
+    adamw, slow = torch.optim.AdamW(theirs, lr=1e-2), [p.detach().clone() for p in theirs]
+    for t in range(1, 3 * k + 2):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape, generator=g)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        adamw.step()
+        if t % k == 0:
+            for q, s in zip(theirs, slow):
+                q.data.copy_(s.lerp(q.data, 1 + n / k))  # Lookahead: slow + alpha * (fast - slow)
+                s.copy_(q.data)
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert math.isclose(optimizer.last_jump.gate, 1.0) and optimizer.last_jump.step == 3 * k
