@@ -199,9 +199,10 @@ class ExtraAdam(AdamW):
         self._forget()
 
     def _forget(self) -> None:
-        # caches only: nothing here is needed for a correct resume
-        self._countdowns: dict[int, Countdown] = {}
-        self._last_jump: JumpReport | None = None
+        # Caches only: nothing here is needed for a correct resume. Written in place, never rebound, since wrappers
+        # that take on our class (Lightning's) share what we hold but not what we would assign.
+        self._countdowns: dict[int, Countdown] = {}  # by position of the group
+        self._last_jump: list[JumpReport] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -270,7 +271,8 @@ class ExtraAdam(AdamW):
             # states that AdamW has just made stand at step 0: no need to ask the device
             fresh = {id(p) for p in islice(reversed(self.state), len(self.state) - known)}
             if fresh and len(fresh) == len(params_with_grad):
-                self._countdowns[id(group)] = Countdown(state_steps, group["extra_every"], 0, group["extra_every"])
+                position = next(i for i, g in enumerate(self.param_groups) if g is group)
+                self._countdowns[position] = Countdown(state_steps, group["extra_every"], 0, group["extra_every"])
             drifts = _keeps_drift(group)
             for p in params_with_grad:
                 state = self.state[p]
@@ -352,7 +354,7 @@ class ExtraAdam(AdamW):
     @_disable_dynamo
     def _end_due_cycles(self, stepped: list[tuple[list[Tensor], list[Tensor]]]) -> None:
         lanes = []
-        for group, (params, counters) in zip(self.param_groups, stepped):
+        for i, (group, (params, counters)) in enumerate(zip(self.param_groups, stepped)):
             # a group whose horizon was set to 0 in mid-run keeps its anchors fresh, so that it can be set back
             if not params or not (group["extra_steps"] or "extra_anchor" in self.state[params[0]]):
                 continue
@@ -362,18 +364,18 @@ class ExtraAdam(AdamW):
                     "the forward and backward pass and call step() outside the graph, or set extra_steps=0."
                 )
             every = group["extra_every"]
-            countdown = self._countdowns.get(id(group))
+            countdown = self._countdowns.get(i)
             if countdown is not None and countdown.running(counters, every):
                 continue
             steps = dict(zip(params, read_counters(counters)))
             elapsed = {p: step - self.state[p]["extra_origin"] for p, step in steps.items()}
-            self._countdowns[id(group)] = Countdown(
+            self._countdowns[i] = Countdown(
                 counters, every, steps[params[0]], min(every - n % every for n in elapsed.values())
             )
             lanes += self._lane(group, {p: steps[p] for p, n in elapsed.items() if n > 0 and n % every == 0})
         found_inf = getattr(self, "found_inf", None)
         if lanes and not (found_inf is not None and bool(found_inf)):  # a step that was skipped ends no cycle
-            self._last_jump = end_cycle(lanes)
+            self._last_jump[:] = [end_cycle(lanes)]
 
     def _lane(self, group: dict[str, Any], steps: dict[Tensor, int]) -> list[Lane]:
         if not steps:
@@ -403,7 +405,7 @@ class ExtraAdam(AdamW):
     @property
     def last_jump(self) -> JumpReport | None:
         """What the last end of a cycle did in this process, or None: see :class:`~extraopt.cycle.JumpReport`."""
-        return self._last_jump
+        return self._last_jump[0] if self._last_jump else None
 
     @torch.no_grad()
     def jump(self) -> JumpReport | None:
@@ -426,8 +428,8 @@ class ExtraAdam(AdamW):
         self._countdowns.clear()
         if not lanes:
             return None
-        self._last_jump = end_cycle(lanes)
-        return self._last_jump
+        self._last_jump[:] = [end_cycle(lanes)]
+        return self.last_jump
 
     @torch.no_grad()
     def reset_anchor(self) -> None:

@@ -34,19 +34,50 @@ def is_dense(t: Tensor) -> bool:
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor] | None:
     """1-D views in storage order, or None where a layout has gaps or layouts differ."""
     first = tensors[0]
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(-1) for t in tensors]
     if any(t.stride() != first.stride() for t in tensors) or not is_dense(first):
         return None
     return [t.as_strided((t.numel(),), (1,)) for t in tensors]
 
 
-def _blocks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    n, block = tensors[0].numel(), _CPU_BLOCK if tensors[0].is_cpu else _ACCELERATOR_BLOCK
-    for start in range(0, n, block):
-        yield [t[start : start + block] for t in tensors] if n > block else list(tensors)
+def _block(t: Tensor) -> int:
+    return min(t.numel(), _CPU_BLOCK if t.is_cpu else _ACCELERATOR_BLOCK)
 
 
-def _compute_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+def _blocks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    n, block = tensors[0].numel(), _block(tensors[0])
+    if n == block:
+        return iter([tensors] if n else [])
+    return ([t[i : i + block] for t in tensors] for i in range(0, n, block))
+
+
+class _Scratch:
+    """Rows of one buffer in the computing dtype, cut to the length asked for. Allocating for each block would cost more
+    than the arithmetic, and so would cutting anew for each of hundreds of small tensors of the same size."""
+
+    def __init__(self, p: Tensor, rows: int, size: int) -> None:
+        self.buffer = p.new_empty(rows, size, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+        self.cuts: dict[int, list[Tensor]] = {}
+
+    def rows(self, n: int) -> list[Tensor]:
+        if n not in self.cuts:
+            self.cuts[n] = list(self.buffer[:, :n])
+        return self.cuts[n]
+
+
+def _scratches(params: Sequence[Tensor], rows: int) -> dict[bool, _Scratch]:
+    """One for float64 tensors (True), one for all others, large enough for any block of theirs."""
+    largest: dict[bool, Tensor] = {}
+    for p in params:
+        wide = p.dtype == torch.float64
+        largest[wide] = max(largest.get(wide, p), p, key=_block)
+    return {wide: _Scratch(p, rows, _block(p)) for wide, p in largest.items()}
+
+
+def _as(t: Tensor, row: Tensor) -> Tensor:
+    """`t` in the dtype of `row`: `t` itself, or a copy in `row`."""
+    return t if t.dtype == row.dtype else row.view(t.shape).copy_(t)
 
 
 def cycle_sums(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Tensor:
@@ -60,30 +91,33 @@ def cycle_sums(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequ
     Returns:
         float64 [T, 4]: <D, V>, <D, D>, <V, V>, <E, E> with D = E - A; NaN or inf wherever an input is not finite.
     """
-    rows = []
+    totals, scratches = [], _scratches(params, 5)
     for i, (p, a) in enumerate(zip(params, anchors)):
         tensors = [p, a] if drifts is None else [p, a, drifts[i]]
-        total = torch.zeros(4, dtype=torch.float64, device=p.device)
-        for part in _blocks(_flat(tensors) or [t.reshape(-1) for t in tensors]):
-            total += _block_sums(*(t.to(_compute_dtype(p)) for t in part))
-        rows.append(total)
-    return torch.stack(rows) if rows else torch.zeros(0, 4, dtype=torch.float64)
+        parts = _blocks(_flat(tensors) or [t.reshape(-1) for t in tensors])
+        sums = [_block_sums(part, scratches[p.dtype == torch.float64]) for part in parts]
+        totals.append(torch.stack(sums).sum(0) if sums else torch.zeros(4, dtype=torch.float64, device=p.device))
+    return torch.stack(totals) if totals else torch.zeros(0, 4, dtype=torch.float64)
 
 
-def _block_sums(e: Tensor, a: Tensor, v: Tensor | None = None) -> Tensor:
-    products = torch.empty(4, e.numel(), dtype=e.dtype, device=e.device)
-    d = e - a
-    if v is None:
-        products[::2] = 0
+def _block_sums(part: Sequence[Tensor], scratch: _Scratch) -> Tensor:
+    n = part[0].numel()
+    dv, dd, vv, ee, d = scratch.rows(n)
+    e = _as(part[0], ee)
+    torch.sub(e, _as(part[1], d), out=d)
+    if len(part) == 3:
+        v = _as(part[2], vv)
+        torch.mul(d, v, out=dv)
+        torch.mul(v, v, out=vv)
     else:
-        torch.mul(d, v, out=products[0])
-        torch.mul(v, v, out=products[2])
-    torch.mul(d, d, out=products[1])
-    torch.mul(e, e, out=products[3])
-    body = e.numel() // _ROW * _ROW or e.numel()
-    row = math.gcd(body, _ROW)
-    sums: Tensor = products[:, :body].reshape(4, -1, row).sum(-1).sum(1, dtype=torch.float64)
-    return sums if body == e.numel() else sums + products[:, body:].sum(1)
+        dv.zero_()
+        vv.zero_()
+    torch.mul(d, d, out=dd)
+    torch.mul(e, e, out=ee)
+    products = scratch.buffer[:4, :n]
+    body = n // _ROW * _ROW or n
+    sums = products[:, :body].view(4, -1, math.gcd(body, _ROW)).sum(-1).sum(1, dtype=torch.float64)
+    return sums if body == n else sums + products[:, body:].sum(1)
 
 
 def jump_(
@@ -104,23 +138,29 @@ def jump_(
 
     Arithmetic is float32 (float64 for float64 tensors) with one rounding into each output. Inputs must be finite.
     """
+    scratches = _scratches(params, 3)
     for i, (p, a) in enumerate(zip(params, anchors)):
         tensors = [p, a] if drifts is None else [p, a, drifts[i]]
         flat = _flat(tensors)
-        for part in [tensors] if flat is None else _blocks(flat):
-            _block_jump_(*part, ratio=ratios[i], weight=weight)
+        if flat is None:
+            _block_jump_(tensors, ratios[i], weight, _Scratch(p, 3, p.numel()))
+        else:
+            for part in _blocks(flat):
+                _block_jump_(part, ratios[i], weight, scratches[p.dtype == torch.float64])
 
 
-def _block_jump_(p: Tensor, a: Tensor, drift: Tensor | None = None, *, ratio: float, weight: float) -> None:
-    dtype = _compute_dtype(p)
-    e = p.to(dtype)  # p itself where it has the computing dtype: the operations below then write it in place
-    v = e - a.to(dtype)
-    if drift is not None:
-        v = drift.to(dtype).lerp_(v, weight)
-        if v is not drift:
-            drift.copy_(v)
+def _block_jump_(part: Sequence[Tensor], ratio: float, weight: float, scratch: _Scratch) -> None:
+    p, a = part[0], part[1]
+    rows = scratch.rows(p.numel())
+    # where e and v are the tensors themselves, the operations below write them in place
+    e, v = _as(p, rows[0]), rows[1].view(p.shape)
+    torch.sub(e, _as(a, rows[1]), out=v)
+    if len(part) == 3:
+        v = _as(part[2], rows[2]).lerp_(v, weight)
+        if v.dtype != p.dtype:
+            part[2].copy_(v)
     if ratio:
         e.add_(v, alpha=ratio)
-        if e is not p:
+        if e.dtype != p.dtype:
             p.copy_(e)
     a.copy_(p)

@@ -1,0 +1,39 @@
+"""The examples run and show what they promise."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(cwd: Path, script: str, *args: str) -> str:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *args], cwd=cwd, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_plain_loop(tmp_path: Path):
+    out = run(tmp_path, "plain_loop.py")
+    losses = {name: float(loss) for name, loss in re.findall(r"(\w+) +step +300 +loss ([\d.]+)", out)}
+    assert losses["ExtraAdam"] < losses["AdamW"]
+
+
+def test_hf_trainer_with_lora_resumes_and_keeps_jumping(tmp_path: Path):
+    out = run(tmp_path, "hf_trainer.py")
+    ends = [int(step) for step in re.findall(r"step +(\d+): coherence", out)]
+    assert ends == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert "0 tensors jumped" in out.splitlines()[0] and out.count("28 tensors jumped") >= 4
+
+
+@pytest.mark.slow
+def test_demo_makes_its_table_and_picture(tmp_path: Path):
+    run(tmp_path, "grpo_smollm2.py", "--steps", "7", "--out", str(tmp_path / "demo"))
+    assert list((tmp_path / "demo").glob("*.png")) and list((tmp_path / "demo").glob("*.json"))
