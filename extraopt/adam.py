@@ -123,8 +123,14 @@ class ExtraAdam(AdamW):
         cycle), ``extra_drift`` (:math:`V`; absent for ``extra_beta=0, extra_gate=None``), both of the shape, dtype,
         device and layout of ``p``, and ``extra_origin`` (int, the applied step from which cycles are counted).
 
+    Loading:
+        ``load_state_dict`` takes the state of an ExtraAdam or of an AdamW. Knobs come from the state, as all options of
+        a torch optimizer do; those it lacks keep this optimizer's values. A parameter that comes without an anchor
+        starts a new cycle at its next step.
+
     Raises:
-        ValueError: a knob outside its range; a loaded anchor or drift whose shape is not the parameter's.
+        ValueError: a knob outside its range; a loaded anchor or drift whose shape is not the parameter's (the optimizer
+            is left as it was).
         RuntimeError: sparse gradients; a step captured in a CUDA graph.
 
     Warns:
@@ -171,28 +177,9 @@ class ExtraAdam(AdamW):
         extra_gate: float | None = 0.4,
         extra_start: int = 0,
     ) -> None:
-        knobs = _check_knobs(
-            {
-                "extra_every": extra_every,
-                "extra_steps": extra_steps,
-                "extra_beta": extra_beta,
-                "extra_gate": extra_gate,
-                "extra_start": extra_start,
-            }
-        )
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-        )
+        knobs = _check_knobs(dict(zip(_KNOBS, (extra_every, extra_steps, extra_beta, extra_gate, extra_start))))
+        flags = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, fused=fused, **flags)
         for group in self.param_groups:
             group.update(_check_knobs({**knobs, **group}))
         self.defaults.update(knobs)
@@ -205,40 +192,30 @@ class ExtraAdam(AdamW):
         self._last_jump: list[JumpReport] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._forget()
-        for key, value in _KNOBS.items():
-            self.defaults.setdefault(key, value)
-        for i, group in enumerate(self.param_groups):
-            group.update(_check_knobs({**self.defaults, **group}))
+        # Called by pickle and deepcopy on an empty object, and by load_state_dict, after its hooks, on this one. All
+        # checks come first, so that a state that is refused changes nothing.
+        own = self.__dict__.get("param_groups", [])
+        defaults = {**_KNOBS, **state.get("defaults", self.__dict__.get("defaults", {}))}
+        for i, group in enumerate(state["param_groups"]):
+            before = own[i] if i < len(own) else {}
+            group.update(_check_knobs({**defaults, **{k: before[k] for k in _KNOBS if k in before}, **group}))
             for j, p in enumerate(group["params"]):
-                for key in ("extra_anchor", "extra_drift"):
-                    loaded = self.state[p].get(key) if p in self.state else None
-                    if loaded is not None and loaded.shape != p.shape:
+                for key in state["state"].get(p, {}).keys() & {"extra_anchor", "extra_drift"}:
+                    loaded = state["state"][p][key]
+                    if loaded.shape != p.shape:
                         raise ValueError(
                             f"{key} of parameter {j} in group {i} has shape {tuple(loaded.shape)}, but the parameter "
                             f"has {tuple(p.shape)}: the state dict is of another model or another order of parameters."
                         )
+                    # torch keeps the very tensors of a dict where dtype and device fit: another optimizer that loads
+                    # the same dict would then move this one's anchors
+                    state["state"][p][key] = loaded.clone()
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+        for key, value in _KNOBS.items():
+            self.defaults.setdefault(key, value)
         if self.defaults.get("fused"):
             self._step_supports_amp_scaling = True  # AdamW's constructor sets it; pickle and deepcopy lose it
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state made by ExtraAdam or by AdamW.
-
-        Knobs come from the checkpoint, as all options of a torch optimizer do; those it lacks keep this optimizer's
-        values. A parameter without an anchor in the checkpoint starts a new cycle at its next step.
-
-        Args:
-            state_dict (dict): what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: the groups do not match, or an anchor or drift has another shape than its parameter.
-        """
-        saved = state_dict.get("param_groups", [])
-        if len(saved) == len(self.param_groups):
-            own = [{key: group[key] for key in _KNOBS} for group in self.param_groups]
-            state_dict = {**state_dict, "param_groups": [{**o, **s} for o, s in zip(own, saved)]}
-        super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose parameters start a cycle of their own at their first step.
@@ -274,11 +251,20 @@ class ExtraAdam(AdamW):
                 position = next(i for i, g in enumerate(self.param_groups) if g is group)
                 self._countdowns[position] = Countdown(state_steps, group["extra_every"], 0, group["extra_every"])
             drifts = _keeps_drift(group)
+            # A step with lr 0 moves nothing, but it may be the one by which torch.distributed.checkpoint fills a fresh
+            # state, before weights are loaded. Then the first step that moves takes the anchor: till then its origin is
+            # kept as a complement, which is negative.
+            lr = group["lr"]
+            standing = not (isinstance(lr, Tensor) and lr.is_cuda) and float(lr) == 0
             for p in params_with_grad:
                 state = self.state[p]
                 if "extra_anchor" not in state or "extra_origin" not in state:
                     state["extra_anchor"] = new_anchor(p)
-                    state["extra_origin"] = 0 if id(p) in fresh else int(state["step"])
+                    origin = 0 if id(p) in fresh else int(state["step"])
+                    state["extra_origin"] = ~origin if standing else origin
+                elif state["extra_origin"] < 0 and not standing:
+                    state["extra_anchor"].copy_(p.detach())
+                    state["extra_origin"] = ~state["extra_origin"]
                 if drifts and "extra_drift" not in state:
                     state["extra_drift"] = new_drift(p)
         return has_complex
@@ -314,13 +300,7 @@ class ExtraAdam(AdamW):
             beta1, beta2 = group["betas"]
 
             has_complex = self._init_group(
-                group,
-                params_with_grad,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                max_exp_avg_sqs,
-                state_steps,
+                group, params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps
             )
 
             adam(
@@ -368,7 +348,7 @@ class ExtraAdam(AdamW):
             if countdown is not None and countdown.running(counters, every):
                 continue
             steps = dict(zip(params, read_counters(counters)))
-            elapsed = {p: step - self.state[p]["extra_origin"] for p, step in steps.items()}
+            elapsed = {p: step - self._origin(p) for p, step in steps.items()}
             self._countdowns[i] = Countdown(
                 counters, every, steps[params[0]], min(every - n % every for n in elapsed.values())
             )
@@ -376,6 +356,10 @@ class ExtraAdam(AdamW):
         found_inf = getattr(self, "found_inf", None)
         if lanes and not (found_inf is not None and bool(found_inf)):  # a step that was skipped ends no cycle
             self._last_jump[:] = [end_cycle(lanes)]
+
+    def _origin(self, p: Tensor) -> int:
+        origin: int = self.state[p]["extra_origin"]
+        return origin if origin >= 0 else ~origin
 
     def _lane(self, group: dict[str, Any], steps: dict[Tensor, int]) -> list[Lane]:
         if not steps:
@@ -421,7 +405,7 @@ class ExtraAdam(AdamW):
         """
         lanes = []
         for group, steps in self._anchored_steps():
-            begun = {p: n for p, n in steps.items() if (n - self.state[p]["extra_origin"]) % group["extra_every"]}
+            begun = {p: n for p, n in steps.items() if (n - self._origin(p)) % group["extra_every"]}
             lanes += self._lane(group, begun)
             for p, step in begun.items():
                 self.state[p]["extra_origin"] = step
