@@ -178,8 +178,10 @@ class ExtraAdam(AdamW):
         extra_start: int = 0,
     ) -> None:
         knobs = _check_knobs(dict(zip(_KNOBS, (extra_every, extra_steps, extra_beta, extra_gate, extra_start))))
-        flags = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "differentiable": differentiable}
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, fused=fused, **flags)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
+            differentiable=differentiable, fused=fused,
+        )  # fmt: skip
         for group in self.param_groups:
             group.update(_check_knobs({**knobs, **group}))
         self.defaults.update(knobs)

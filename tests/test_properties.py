@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from extraopt.kernels import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from extraopt import ExtraAdam
 from extraopt.cycle import Lane, averaging, end_cycle
+from extraopt.kernels import reference
 
 settings.register_profile("extraopt", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("extraopt")

@@ -1,0 +1,118 @@
+"""Lists of tensors that a multi-tensor kernel can get wrong, and the rule in plain torch operations."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from extraopt.kernels import multi_tensor
+from torch import Tensor
+
+GUARD, SENTINEL = 64, 77.0
+LAYOUTS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "scalar": (1, lambda flat: flat.view(())),
+    "ones": (1, lambda flat: flat.view(1, 1, 1)),
+    "empty": (0, lambda flat: flat.view(3, 0)),
+    "matrix": (35, lambda flat: flat.view(5, 7)),
+    "transposed": (48, lambda flat: flat.view(6, 8).t()),
+    "channels_last": (120, lambda flat: flat.view(2, 4, 5, 3).permute(0, 3, 1, 2)),
+    "permuted": (60, lambda flat: flat.view(3, 4, 5).permute(2, 0, 1)),
+}
+SMALL = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33]
+EDGES = [1023, 1024, 1025, 2047, 2049, multi_tensor.CHUNK - 1, multi_tensor.CHUNK, multi_tensor.CHUNK + 8]
+LONG = [2 * multi_tensor.CHUNK + 5]
+
+Spec = tuple[torch.dtype, int, Callable[[Tensor], Tensor], tuple[int, int, int]]
+
+
+def specs(dtype: torch.dtype, sizes: Sequence[int]) -> list[Spec]:
+    """Flat tensors of these sizes, every layout, and all ways for param, anchor and drift to be misaligned."""
+    aligned = (0, 0, 0)
+    out = [(dtype, n, lambda flat: flat, aligned) for n in sizes]
+    out += [(dtype, n, layout, aligned) for n, layout in LAYOUTS.values()]
+    shifts = [(i, i, i) for i in range(1, 9)] + [(1, 0, 0), (0, 3, 0), (0, 0, 2), (8, 4, 1)]
+    return out + [(dtype, 41 + sum(shift), lambda flat: flat, shift) for shift in shifts]
+
+
+class Lists:
+    """Params, anchors and drifts, each a view into a buffer of its own that is sentinels everywhere else."""
+
+    def __init__(self, wanted: Sequence[Spec], device: str = "cpu", seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.buffers: list[tuple[Tensor, int, int]] = []
+        self.params, self.anchors, self.drifts = lists = [], [], []
+        for dtype, n, layout, shifts in wanted:
+            p, noise, v = torch.randn(3, n, generator=generator).unbind()
+            scale = 10 ** (3 * torch.rand(2, n, generator=generator) - 4)  # steps from 1e-4 of the weights up to 0.1
+            a = p - scale[0] * noise
+            v *= scale[1]
+            for i, (start, stop) in enumerate(itertools.pairwise((0, n // 8, n // 6, n // 5))):
+                if i == 0:
+                    a[start:stop] = p[start:stop]  # has not moved
+                elif i == 1:
+                    p[start:stop] = -0.0
+                else:
+                    v[start:stop] = 0.0
+            for values, out, shift in zip((p, a, v), lists, shifts):
+                buffer = torch.full((GUARD + shift + n + GUARD,), SENTINEL, dtype=dtype, device=device)
+                flat = buffer[GUARD + shift : GUARD + shift + n]
+                flat.copy_(values)
+                out.append(layout(flat))
+                self.buffers.append((buffer, GUARD + shift, n))
+
+    def guards_intact(self) -> bool:
+        outside = (part for b, start, n in self.buffers for part in (b[:start], b[start + n :]))
+        return all(bool((part == SENTINEL).all()) for part in outside)
+
+    def copies(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The tensors as they are now, on the CPU, layouts kept."""
+        return tuple([t.detach().to("cpu", copy=True) for t in ts] for ts in (self.params, self.anchors, self.drifts))
+
+
+def ratios(n: int) -> list[float]:
+    return list(itertools.islice(itertools.cycle([0.5, 0.0, 5.0, 0.3, 1.0, 7.3, 0.0]), n))
+
+
+def plain_jump_(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None,
+    ratios: Sequence[float], weight: float,
+) -> None:  # fmt: skip
+    """The rule as one would type it; 16-bit tensors are computed in float32 and rounded once, at the end."""
+    for i, (p, a, ratio) in enumerate(zip(params, anchors, ratios)):
+        p32, a32 = p.float(), a.float()
+        v32 = d = p32 - a32
+        if drifts is not None:
+            v32 = drifts[i].float().lerp_(d, weight)
+            drifts[i].copy_(v32)
+        if ratio:
+            p.copy_(p32.add_(v32, alpha=ratio))
+        a.copy_(p)
+
+
+def exact_jump(
+    p: Tensor, a: Tensor, v: Tensor | None, ratio: float, weight: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """New weights and drift in float64, and the size of the largest number that was rounded on the way."""
+    p, a = p.double(), a.double()
+    d = p - a
+    moved = d if v is None else v.double() + weight * (d - v.double())
+    size = p.abs() + a.abs() + (0 if v is None else v.double().abs())
+    return p + ratio * moved, None if v is None else moved, (1 + ratio) * size
+
+
+def exact_sums(p: Tensor, a: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The four sums in float64, and the same of absolute values, which is what their error is relative to."""
+    p, a = p.float(), a.float()
+    d, p = (p - a).double(), p.double()
+    v = torch.zeros_like(d) if v is None else v.double()
+    products = [d * v, d * d, v * v, p * p]
+    return torch.stack([x.sum() for x in products]), torch.stack([x.abs().sum() for x in products])
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.detach().cpu().contiguous().view(torch.int16 if t.dtype.itemsize == 2 else torch.int32)
+
+
+def differing(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[tuple[int, tuple[int, ...], int]]:
+    """(place, shape, number of elements) of what is not the same, bit for bit."""
+    counts = [int((bits(g) != bits(w)).sum()) for g, w in zip(got, wanted, strict=True)]
+    return [(i, tuple(wanted[i].shape), count) for i, count in enumerate(counts) if count]

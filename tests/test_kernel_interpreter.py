@@ -1,0 +1,203 @@
+"""The Triton kernels' arithmetic and addressing, run without a GPU by Triton's interpreter.
+
+Triton has to be told before it is imported, so this file runs a second time, in a process of its own; the tests below
+the first exist only there. (The interpreter ignores alignment and checks no bounds: hence test_kernel_compiled.py, and
+hence the guards around every tensor.)
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    @needs_triton
+    def test_in_interpreter(tmp_path):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", __file__]
+        env = os.environ | {"TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        # `-m` puts the working directory on sys.path: a neutral one
+        run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert " passed" in run.stdout, run.stdout
+
+else:
+    import _kernel_cases as cases
+    from extraopt.kernels import foreach, multi_tensor
+    from triton.runtime import interpreter
+
+    torch.set_num_threads(1)
+    pytestmark = pytest.mark.skipif(
+        not hasattr(interpreter._interpreter, "fma_fp32"), reason="the fma of this triton's interpreter rounds twice"
+    )
+    FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+    def jumped(wanted, jump_, weight, drift, ratios=None, seed=0):
+        lists = cases.Lists(wanted, seed=seed)
+        ratios = cases.ratios(len(wanted)) if ratios is None else ratios
+        jump_(lists.params, lists.anchors, lists.drifts if drift else None, ratios, weight)
+        assert lists.guards_intact()
+        return lists
+
+    def assert_same_jump(wanted, weight, drift, ratios=None):
+        before = cases.Lists(wanted)
+        fused = jumped(wanted, multi_tensor.jump_, weight, drift, ratios)
+        for peer in cases.plain_jump_, foreach.jump_:
+            other = jumped(wanted, peer, weight, drift, ratios)
+            for name in "params", "anchors", "drifts":
+                assert not cases.differing(getattr(fused, name), getattr(other, name)), (peer, name)
+        assert not cases.differing(fused.params, fused.anchors)
+        if not drift:
+            assert not cases.differing(fused.drifts, before.drifts)
+        return before, fused
+
+    @pytest.mark.parametrize("drift", [True, False])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_jump_is_that_of_torch_bit_for_bit(dtype, drift):
+        sizes = cases.SMALL + cases.EDGES[-3:] + cases.LONG if dtype == torch.float32 else cases.SMALL + cases.EDGES[:3]
+        assert_same_jump(cases.specs(dtype, sizes), 0.1, drift)
+
+    @pytest.mark.parametrize("weight", [1 / 3, 0.499, 0.5, 0.7, 1.0])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_every_weight(dtype, weight):
+        assert_same_jump(cases.specs(dtype, [1, 33, 1025]), weight, True)
+
+    @pytest.mark.parametrize("drift", [True, False])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_jump_is_one_rounding_from_exact(dtype, drift):
+        wanted = cases.specs(dtype, [33, 1025])
+        ratios = cases.ratios(len(wanted))
+        p0, a0, v0 = cases.Lists(wanted).copies()
+        fused = jumped(wanted, multi_tensor.jump_, 0.1, drift)
+        half_ulp, smallest = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        for i, ratio in enumerate(ratios):
+            p, v, size = cases.exact_jump(p0[i], a0[i], v0[i] if drift else None, ratio, 0.1)
+            slack = 4 * torch.finfo(torch.float32).eps * size + smallest
+            assert ((fused.params[i].double() - p).abs() <= half_ulp * p.abs() + slack).all()
+            if drift:
+                assert ((fused.drifts[i].double() - v).abs() <= half_ulp * v.abs() + slack).all()
+
+    @pytest.mark.parametrize("drift", [True, False])
+    @pytest.mark.parametrize("ratio", [0.0, 0.5, 5.0])
+    def test_mixed_dtypes_in_one_list(ratio, drift):
+        wanted = [
+            (dtype, n, lambda flat: flat, (shift, 0, 0))
+            for n, shift in [(5, 0), (1040, 0), (0, 0), (40, 3)]
+            for dtype in FLOATS
+        ]
+        before, after = assert_same_jump(wanted, 0.1, drift, [ratio] * len(wanted))
+        if ratio == 0:  # including the sign of zeros
+            assert not cases.differing(after.params, before.params)
+
+    @pytest.mark.parametrize("drift", [True, False])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_sums(dtype, drift):
+        sizes = cases.SMALL + cases.EDGES + cases.LONG if (dtype, drift) == (torch.float32, True) else [1, 33, 2049]
+        lists = cases.Lists(cases.specs(dtype, sizes))
+        arguments = lists.params, lists.anchors, lists.drifts if drift else None
+        before = lists.copies()
+        got = multi_tensor.cycle_sums(*arguments)
+        assert got.dtype == torch.float64 and got.shape == (len(lists.params), 4)
+        other = foreach.cycle_sums(*arguments)
+        for i, row in enumerate(got):
+            exact, size = cases.exact_sums(*(ts and ts[i] for ts in arguments))
+            assert ((row - exact).abs() <= 1e-6 * size).all(), (i, row, exact)
+            assert ((row - other[i]).abs() <= 2e-6 * size).all(), (i, row, other[i])
+        for now, then in zip(lists.copies(), before):  # reads only
+            assert not cases.differing(now, then)
+
+    def test_sums_are_the_same_every_time_and_wherever_a_tensor_stands():
+        wanted = [spec for dtype in FLOATS for spec in cases.specs(dtype, [1000, 9000])[::4]]
+        lists = cases.Lists(wanted)
+        sums = multi_tensor.cycle_sums(lists.params, lists.anchors, lists.drifts)
+        for order in range(len(wanted)), torch.randperm(len(wanted)).tolist():
+            again = ([ts[i] for i in order] for ts in (lists.params, lists.anchors, lists.drifts))
+            assert torch.equal(multi_tensor.cycle_sums(*again), sums[list(order)])
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_what_is_not_finite_shows_in_the_sums(dtype, bad):
+        for victim in "params", "anchors", "drifts":
+            lists = cases.Lists([(dtype, n, lambda flat: flat, (0, 0, 0)) for n in (9, 1031, 40)])
+            getattr(lists, victim)[1][-1] = bad
+            sums = multi_tensor.cycle_sums(lists.params, lists.anchors, lists.drifts)
+            assert sums.isfinite().all(1).tolist() == [True, False, True], victim
+
+    def test_nothing_to_do():
+        assert multi_tensor.cycle_sums([], [], None).shape == (0, 4)
+        multi_tensor.jump_([], [], None, [], 0.1)
+        empty = [torch.zeros(0), torch.zeros(3, 0, dtype=torch.bfloat16)]
+        assert torch.equal(multi_tensor.cycle_sums(empty, empty, empty), torch.zeros(2, 4, dtype=torch.float64))
+        multi_tensor.jump_(empty, empty, None, [1.0, 1.0], 0.1)
+
+    def test_offsets_past_32_bits():
+        # The last chunk of a tensor of 2**33 elements, with a made-up address 2**35 bytes before the elements there are.
+        n, before = 1029, 2**33
+        lists = cases.Lists([(torch.float32, n, lambda flat: flat, (0, 0, 0))])
+        p, a, v = (ts[0] for ts in (lists.params, lists.anchors, lists.drifts))
+        row = [t.data_ptr() - 4 * before for t in (p, a, v)] + [before + n, -before // multi_tensor.CHUNK, 0]
+        expected = lists.copies()
+        cases.plain_jump_(*expected, [0.5], 0.1)
+        multi_tensor._jump_kernel[(1,)](
+            torch.tensor([row]), torch.zeros(1, dtype=torch.int32), torch.tensor([0.5]), 0.1,
+            DTYPE=multi_tensor.DTYPES[torch.float32], HAS_V=True, CHUNK=multi_tensor.CHUNK, VEC=4, BLOCK=1024,
+            INTERPRET=True,
+        )  # fmt: skip
+        assert lists.guards_intact()
+        assert not cases.differing([p, a, v], [t for ts in expected for t in ts])
+
+    def test_autograd_notices_the_writes():
+        leaf, anchor, drift = (torch.ones(5, requires_grad=i == 0) for i in range(3))
+        for written in leaf, anchor, drift:
+            loss = (leaf * leaf * anchor * drift).sum()
+            version = written._version
+            with torch.no_grad():
+                multi_tensor.jump_([leaf], [anchor], [drift], [1.0], 0.5)
+            assert written._version > version
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+    def test_tables_are_made_once_and_follow_the_addresses():
+        lists = cases.Lists([(torch.float32, 5, lambda flat: flat, (0, 0, 0))] * 3)
+        arguments = lists.params, lists.anchors, None
+        multi_tensor._tables.cache_clear()
+        for _ in range(3):
+            multi_tensor.cycle_sums(*arguments)
+            multi_tensor.jump_(*arguments, [1.0] * len(lists.params), 0.1)
+        assert multi_tensor._tables.cache_info().misses == 1
+        assert multi_tensor._tables.cache_info().hits == 5
+        moved = torch.full((5,), 2.0)
+        lists.params[0].data = moved
+        lists.anchors[0].fill_(1.0)
+        multi_tensor.jump_(*arguments, [1.0] * len(lists.params), 0.1)
+        assert multi_tensor._tables.cache_info().misses == 2
+        assert moved.tolist() == [3.0] * 5
+
+    def test_supports():
+        def supports(p, a=None, v=None):
+            return multi_tensor.supports(p, torch.empty_like(p) if a is None else a, v)
+
+        x = torch.zeros(4, 6)
+        for dtype in FLOATS:
+            assert supports(x.to(dtype), v=x.to(dtype))
+        for dtype in torch.float64, torch.complex64, torch.int32, torch.float8_e4m3fn:
+            assert not supports(x.to(dtype))
+        for _, (n, layout) in cases.LAYOUTS.items():
+            assert supports(layout(torch.zeros(n)))
+        assert supports(torch.nn.Parameter(x)) and supports(x.t()) and supports(x[1:3])
+        assert not supports(x[:, 1:3], x[:, 1:3])  # gaps
+        assert not supports(x[:1].expand(4, 6), x[:1].expand(4, 6))  # overlaps
+        assert not supports(x.t(), torch.zeros(6, 4)) and not supports(x, v=torch.zeros(6, 4).t())  # layouts differ
+        assert not supports(x, x.bfloat16()) and not supports(x, v=x.half()) and not supports(x, x[:3])
+        assert not supports(x, x.to("meta"))
+        assert not supports(x.to_sparse()) and not supports(torch.zeros(1, dtype=torch.complex64).conj().imag)
+
+        class Wrapped(torch.Tensor):
+            pass
+
+        assert not supports(x.as_subclass(Wrapped))
