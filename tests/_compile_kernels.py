@@ -15,9 +15,10 @@ import tempfile
 
 import torch
 import triton
-from extraopt.kernels import multi_tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+
+from extraopt.kernels import multi_tensor
 
 NVIDIA_TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -4,8 +4,9 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from extraopt.kernels import multi_tensor
 from torch import Tensor
+
+from extraopt.kernels import multi_tensor
 
 GUARD, SENTINEL = 64, 77.0
 LAYOUTS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {

@@ -28,8 +28,12 @@ def compiled(tmp_path_factory):
     jobs = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), *targets],
-            env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=env,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for targets in (TARGETS[::2], TARGETS[1::2])
     ]
     found: dict[str, dict] = {target: {} for target in TARGETS}

@@ -28,8 +28,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 else:
     import _kernel_cases as cases
-    from extraopt.kernels import foreach, multi_tensor
     from triton.runtime import interpreter
+
+    from extraopt.kernels import foreach, multi_tensor
 
     torch.set_num_threads(1)
     pytestmark = pytest.mark.skipif(
@@ -136,7 +137,7 @@ else:
         multi_tensor.jump_(empty, empty, None, [1.0, 1.0], 0.1)
 
     def test_offsets_past_32_bits():
-        # The last chunk of a tensor of 2**33 elements, with a made-up address 2**35 bytes before the elements there are.
+        # The last chunk of a tensor of 2**33 elements, at a made-up address 2**35 bytes before the elements there are.
         n, before = 1029, 2**33
         lists = cases.Lists([(torch.float32, n, lambda flat: flat, (0, 0, 0))])
         p, a, v = (ts[0] for ts in (lists.params, lists.anchors, lists.drifts))
@@ -201,3 +202,18 @@ else:
             pass
 
         assert not supports(x.as_subclass(Wrapped))
+
+    def test_a_triton_that_does_not_work_is_not_used(monkeypatch):
+        class Driver:
+            @property
+            def active(self):
+                raise RuntimeError("Failed to find C compiler")
+
+        x = torch.zeros(3)
+        assert multi_tensor.supports(x, x, x)
+        multi_tensor._usable.cache_clear()
+        monkeypatch.setattr(multi_tensor.triton.runtime, "driver", Driver())
+        monkeypatch.setattr(multi_tensor, "INTERPRET", False)
+        with pytest.warns(UserWarning, match="without its fused kernel.*C compiler"):
+            assert not multi_tensor._usable()
+        multi_tensor._usable.cache_clear()

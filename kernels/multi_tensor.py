@@ -1,0 +1,300 @@
+"""The rule on a GPU: one Triton launch per dtype over every tensor of a list.
+
+A kernel can't take a list of hundreds of tensors, so the tensors are described by two small tables on the device.
+`tensors` is int64 [G, 6], a row per tensor: addresses of param, anchor and drift (0: none), number of elements, number
+of its first chunk, place in the caller's list. `chunks` is int32 [C]: the row of `tensors` that chunk c belongs to.
+Program c works on the elements of that tensor from (c - first) * CHUNK on.
+
+Tensors are flat storage here: all that matters is that the three have the same dense layout. Nothing is autotuned (that
+would run an in-place kernel several times on the data), and nothing is summed by atomics (that would make the order of
+a sum, and so its last bits, a matter of luck).
+
+Importing this module imports triton. With `TRITON_INTERPRET=1` set before that, it runs on CPU tensors, for tests.
+"""
+
+# mypy: disable-error-code="import-untyped,untyped-decorator,no-untyped-def,no-untyped-call"
+# (triton comes without types, and what a kernel's argument is depends on the launch)
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .foreach import is_dense
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+CHUNK = 8192  # elements of one program; fixed, since it sets the order of the sums
+FINISH_BLOCK = 128  # chunks that the finish adds at a time, one a thread
+# Elements of one pass of the loop in a chunk, by bytes per element, and threads of a program: at least 16 bytes each.
+# Twice as much takes up to 125 registers instead of 64 at most, for more loads in flight than it takes to hide memory.
+JUMP_BLOCK, JUMP_THREADS = {4: 1024, 2: 1024}, 128
+SUMS_BLOCK, SUMS_THREADS = {4: 1024, 2: 2048}, 256
+
+
+@triton.jit
+def _pointer(address, start, DTYPE: tl.constexpr, VEC: tl.constexpr):
+    """The address of element `start` as a pointer to DTYPE, promised to be 16-byte aligned if VEC > 1."""
+    # The promise is noted on the operation that makes the pointer, so each branch of a kernel has to cast for itself:
+    # with one cast for both, the branch for misaligned tensors would load 128 bits at a time, too.
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if VEC > 1:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start
+
+
+@triton.jit
+def _load(pointer, offsets, mask, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Elements as float32, zero where masked."""
+    if INTERPRET and DTYPE == tl.bfloat16:  # the interpreter gets bfloat16's subnormals wrong: go by the bits
+        bits = tl.load(pointer.to(tl.pointer_type(tl.int16)) + offsets, mask=mask, other=0)
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, offsets, x, mask, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Store float32 `x` as DTYPE, rounded to the nearest, ties to even."""
+    if INTERPRET and DTYPE == tl.bfloat16:  # the interpreter truncates to bfloat16: round by the bits
+        bits = x.to(tl.int32, bitcast=True)
+        nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        bits = tl.where(nan, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        tl.store(pointer.to(tl.pointer_type(tl.int16)) + offsets, bits.to(tl.int16), mask=mask)
+    else:
+        tl.store(pointer + offsets, x.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _locate(tensors, chunks, CHUNK: tl.constexpr, VEC: tl.constexpr):
+    """This program's work: addresses of param, anchor, drift; first element, count, place in the list; all aligned?"""
+    chunk = tl.program_id(0)
+    row = tensors + tl.load(chunks + chunk).to(tl.int64) * 6
+    p, a, v = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    start = (chunk - tl.load(row + 4)) * CHUNK  # int64
+    n = tl.minimum(tl.load(row + 3) - start, CHUNK).to(tl.int32)
+    # Only the last chunk of a tensor can have a ragged end; it is not worth a path of its own.
+    aligned = ((p | a | v) % 16 == 0) & (n % VEC == 0)
+    return p, a, v, start, n, tl.load(row + 5), aligned
+
+
+@triton.jit
+def _jump_chunk(
+    p_address, a_address, v_address, start, n, ratio, weight,
+    DTYPE: tl.constexpr, HAS_V: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    p_pointer = _pointer(p_address, start, DTYPE, VEC)
+    a_pointer = _pointer(a_address, start, DTYPE, VEC)
+    v_pointer = _pointer(v_address, start, DTYPE, VEC)
+    for i in range(0, n, BLOCK):
+        offsets = i + tl.arange(0, BLOCK)
+        mask = offsets < n // VEC * VEC  # n is a multiple of VEC already: this is how the compiler gets to know
+        p = _load(p_pointer, offsets, mask, DTYPE, INTERPRET)
+        d = p - _load(a_pointer, offsets, mask, DTYPE, INTERPRET)
+        if HAS_V:  # v = lerp(v, d, weight), in the form that torch uses
+            v = _load(v_pointer, offsets, mask, DTYPE, INTERPRET)
+            small = weight < 0.5
+            v = tl.fma(tl.where(small, weight, weight - 1.0), d - v, tl.where(small, v, d))
+            _store(v_pointer, offsets, v, mask, DTYPE, INTERPRET)
+            d = v
+        p = tl.where(ratio == 0.0, p, tl.fma(d, ratio, p))  # 0 * d + p would lose the sign of -0.0
+        _store(p_pointer, offsets, p, mask, DTYPE, INTERPRET)
+        _store(a_pointer, offsets, p, mask, DTYPE, INTERPRET)
+
+
+@triton.jit
+def _jump_kernel(
+    tensors, chunks, ratios, weight,
+    DTYPE: tl.constexpr, HAS_V: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """v = lerp(v, p - a, weight); p += ratio * v; a = p. `ratios`: float32 [T]; `weight`: float32."""
+    p, a, v, start, n, place, aligned = _locate(tensors, chunks, CHUNK, VEC)
+    ratio = tl.load(ratios + place)
+    if aligned:
+        _jump_chunk(p, a, v, start, n, ratio, weight, DTYPE, HAS_V, VEC, BLOCK, INTERPRET)
+    else:
+        _jump_chunk(p, a, v, start, n, ratio, weight, DTYPE, HAS_V, 1, BLOCK, INTERPRET)
+
+
+@triton.jit
+def _sums_chunk(
+    p_address, a_address, v_address, start, n, out,
+    DTYPE: tl.constexpr, HAS_V: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    p_pointer = _pointer(p_address, start, DTYPE, VEC)
+    a_pointer = _pointer(a_address, start, DTYPE, VEC)
+    v_pointer = _pointer(v_address, start, DTYPE, VEC)
+    dv = tl.full([BLOCK], 0.0, tl.float32)
+    dd = tl.full([BLOCK], 0.0, tl.float32)
+    vv = tl.full([BLOCK], 0.0, tl.float32)
+    pp = tl.full([BLOCK], 0.0, tl.float32)
+    for i in range(0, n, BLOCK):
+        offsets = i + tl.arange(0, BLOCK)
+        mask = offsets < n // VEC * VEC
+        p = _load(p_pointer, offsets, mask, DTYPE, INTERPRET)
+        d = p - _load(a_pointer, offsets, mask, DTYPE, INTERPRET)
+        dd = tl.fma(d, d, dd)
+        pp = tl.fma(p, p, pp)
+        if HAS_V:
+            v = _load(v_pointer, offsets, mask, DTYPE, INTERPRET)
+            dv = tl.fma(d, v, dv)
+            vv = tl.fma(v, v, vv)
+    if HAS_V:
+        tl.store(out, tl.sum(dv, 0))
+        tl.store(out + 2, tl.sum(vv, 0))
+    tl.store(out + 1, tl.sum(dd, 0))
+    tl.store(out + 3, tl.sum(pp, 0))
+
+
+@triton.jit
+def _sums_kernel(
+    tensors, chunks, partials,
+    DTYPE: tl.constexpr, HAS_V: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """<d,v>, <d,d>, <v,v>, <p,p> of each chunk, d = p - a, into `partials`: float32 [C, 4], zeros before."""
+    p, a, v, start, n, _, aligned = _locate(tensors, chunks, CHUNK, VEC)
+    out = partials + tl.program_id(0).to(tl.int64) * 4
+    if aligned:
+        _sums_chunk(p, a, v, start, n, out, DTYPE, HAS_V, VEC, BLOCK, INTERPRET)
+    else:
+        _sums_chunk(p, a, v, start, n, out, DTYPE, HAS_V, 1, BLOCK, INTERPRET)
+
+
+@triton.jit
+def _finish_kernel(tensors, partials, sums, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up the chunks of tensor `program_id(0)` into its row of `sums`: float64 [T, 4]."""
+    row = tensors + tl.program_id(0).to(tl.int64) * 6
+    count = (tl.load(row + 3) + CHUNK - 1) // CHUNK
+    columns = tl.arange(0, 4)[None, :]
+    total = tl.full([BLOCK, 4], 0.0, tl.float64)
+    for i in range(0, count, BLOCK):
+        chunk = (i + tl.arange(0, BLOCK))[:, None]
+        part = tl.load(partials + (tl.load(row + 4) + chunk) * 4 + columns, mask=chunk < count, other=0.0)
+        total += part.to(tl.float64)
+    tl.store(sums + tl.load(row + 5) * 4 + tl.arange(0, 4), tl.sum(total, 0))
+
+
+INTERPRET = not isinstance(_jump_kernel, triton.JITFunction)
+
+
+@functools.cache
+def _usable() -> bool:
+    """Whether Triton finds all it needs here: it builds a part of its driver with a C compiler, when first used."""
+    try:
+        return INTERPRET or triton.runtime.driver.active.get_current_target() is not None
+    except Exception as error:  # a missing compiler or header, two drivers, ...: nothing that should end a training run
+        warnings.warn(f"extraopt jumps without its fused kernel: Triton does not work here: {error}", stacklevel=2)
+        return False
+
+
+def supports(p: Tensor, a: Tensor, v: Tensor | None) -> bool:
+    """Can the kernels take a parameter, its anchor and its drift estimate? If not, the caller has another path."""
+    return (
+        p.dtype in DTYPES
+        and (INTERPRET or p.is_cuda)
+        and _usable()
+        and all(
+            type(t) in (Tensor, torch.nn.Parameter)  # a subclass may keep its elements anywhere
+            and t.layout is torch.strided
+            and not t.is_neg()
+            and (t.dtype, t.device, t.shape) == (p.dtype, p.device, p.shape)
+            and t.stride() == p.stride()
+            for t in ((p, a) if v is None else (p, a, v))
+        )
+        and is_dense(p)
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _tables(device: torch.device, stream: int, records: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+    """`tensors` and `chunks` on the device for records of (place, param, anchor, drift, numel).
+
+    A function of addresses, so what is cached can't get stale. By stream, since a table that falls out of the cache may
+    be overwritten as soon as later work of the stream that it was made on gets there.
+    """
+    counts = [triton.cdiv(numel, CHUNK) for *_, numel in records]
+    rows, first = [], 0
+    for (place, p, a, v, numel), count in zip(records, counts):
+        rows.append([p, a, v, numel, first, place])
+        first += count
+    chunks = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(counts))
+    return torch.tensor(rows, dtype=torch.int64).to(device), chunks.to(device)
+
+
+def _launches(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None
+) -> Iterator[tuple[Tensor, Tensor, int, dict[str, Any]]]:
+    """`tensors`, `chunks`, bytes per element and constants of the kernels, for each dtype that has elements."""
+    device = params[0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    records: dict[torch.dtype, list[tuple[int, ...]]] = {}
+    for place, (p, a) in enumerate(zip(params, anchors)):
+        v = 0 if drifts is None else drifts[place].data_ptr()
+        if p.numel():
+            records.setdefault(p.dtype, []).append((place, p.data_ptr(), a.data_ptr(), v, p.numel()))
+    for dtype, group in records.items():
+        constants = {"DTYPE": DTYPES[dtype], "HAS_V": drifts is not None, "CHUNK": CHUNK, "VEC": 16 // dtype.itemsize}
+        yield *_tables(device, stream, tuple(group)), dtype.itemsize, constants | {"INTERPRET": INTERPRET}
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors' device is."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _options(threads: int) -> dict[str, Any]:
+    """Triton's own launch options. No fusing but where a kernel says so: then versions of Triton can't differ in it."""
+    # Triton counts in warps, which are of 32 threads or, on some of AMD's GPUs, of 64.
+    warp = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
+    return {"num_warps": threads // warp, "num_stages": 1, "enable_fp_fusion": False}
+
+
+def cycle_sums(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Tensor:
+    """<D,V>, <D,D>, <V,V>, <P,P> of each tensor as float64 [T, 4] on the device, D = P - A; no drifts: V = 0.
+
+    All tensors on one device. Reads only. Products are added in float32 within a chunk, in float64 from there on, in an
+    order that depends on nothing but the tensor's size and alignment: it has the same sums, bit for bit, wherever it
+    stands in a list. A NaN or an infinity in a tensor (or a square past float32) makes its sums non-finite.
+    """
+    if not params:
+        return torch.zeros(0, 4, dtype=torch.float64)
+    sums = torch.zeros(len(params), 4, dtype=torch.float64, device=params[0].device)
+    with _on(sums.device):
+        for tensors, chunks, itemsize, constants in _launches(params, anchors, drifts):
+            partials = torch.zeros(len(chunks), 4, dtype=torch.float32, device=sums.device)
+            options = {"BLOCK": SUMS_BLOCK[itemsize], **_options(SUMS_THREADS)}
+            _sums_kernel[(len(chunks),)](tensors, chunks, partials, **constants, **options)
+            options = {"BLOCK": FINISH_BLOCK, **_options(FINISH_BLOCK)}
+            _finish_kernel[(len(tensors),)](tensors, partials, sums, CHUNK=CHUNK, **options)
+    return sums
+
+
+def jump_(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    drifts: Sequence[Tensor] | None,
+    ratios: Sequence[float],
+    weight: float,
+) -> None:
+    """V = lerp(V, P - A, weight); P = P + ratio * V; A = P, in place; no drifts: V = P - A. Ratio 0 leaves P alone.
+
+    All tensors on one device. Computed in float32 (`weight` and `ratios` are rounded to it first), each product and
+    sum fused; each result rounds once, when it is stored, and the jump takes V from before that. A is the stored P.
+    """
+    if not params:
+        return
+    device = params[0].device
+    with _on(device):
+        table = torch.tensor(ratios, dtype=torch.float32).to(device)
+        for tensors, chunks, itemsize, constants in _launches(params, anchors, drifts):
+            options = {"BLOCK": JUMP_BLOCK[itemsize], **_options(JUMP_THREADS)}
+            _jump_kernel[(len(chunks),)](tensors, chunks, table, weight, **constants, **options)
+    # torch saw none of these writes: without this, autograd would use what it saved as if it were still right.
+    for written in (params, anchors, drifts or ()):
+        torch.autograd.graph.increment_version(written)
