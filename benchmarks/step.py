@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -111,9 +112,10 @@ def main(
     rows = []
     for name, impl, count in track(jobs, "measuring", console=Console(stderr=True)):
         torch.set_num_threads(count)
-        rows.append(measure(name, impl, 2 if quick else 10, device))
+        rows.append(measure(name, impl, 1 if quick else 5, device))
 
-    table = Table(title=f"ExtraAdam {__version__} against torch {torch.__version__} AdamW, k = {EVERY}")
+    title = f"ExtraAdam {__version__} against torch {torch.__version__} AdamW, k = {EVERY}, {rows[0]['device']}"
+    table = Table(title=title, box=box.MARKDOWN)
     for column in ("list", "implementation", "threads", "AdamW step", "step without a jump", "end of a cycle"):
         table.add_column(column, justify="left" if column in ("list", "implementation") else "right")
     table.add_column("spread over k", justify="right")

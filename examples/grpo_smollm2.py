@@ -215,7 +215,7 @@ def main(
     path = str(bundled_model()) if model == BUNDLED else model
     gpu = torch.cuda.is_available()
     config = GRPOConfig(
-        str(out / "trainer"), max_steps=steps, learning_rate=lr, lr_scheduler_type="constant", seed=seed,
+        str(out), max_steps=steps, learning_rate=lr, lr_scheduler_type="constant", seed=seed,
         # One generation for each optimizer step: weights never jump between sampling and learning from the samples.
         per_device_train_batch_size=completions, gradient_accumulation_steps=1, num_generations=GROUP,
         max_completion_length=tokens or (4 if dataset in OPEN_ENDED else 256),

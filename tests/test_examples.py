@@ -34,6 +34,7 @@ def test_hf_trainer_with_lora_resumes_and_keeps_jumping(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_demo_makes_its_table_and_picture(tmp_path: Path):
     run(tmp_path, "grpo_smollm2.py", "--steps", "7", "--out", str(tmp_path / "demo"))
     assert list((tmp_path / "demo").glob("*.png")) and list((tmp_path / "demo").glob("*.json"))
