@@ -70,6 +70,14 @@ def _store(pointer, offsets, x, mask, DTYPE: tl.constexpr, INTERPRET: tl.constex
 
 
 @triton.jit
+def _fma(x, y, z, INTERPRET: tl.constexpr):
+    """x * y + z, rounded once."""
+    if INTERPRET:  # before triton 3.9 the interpreter's fma rounds twice; float64 holds the product exactly
+        return (x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)).to(tl.float32)
+    return tl.fma(x, y, z)
+
+
+@triton.jit
 def _locate(tensors, chunks, CHUNK: tl.constexpr, VEC: tl.constexpr):
     """This program's work: addresses of param, anchor, drift; first element, count, place in the list; all aligned?"""
     chunk = tl.program_id(0)
@@ -98,10 +106,10 @@ def _jump_chunk(
         if HAS_V:  # v = lerp(v, d, weight), in the form that torch uses
             v = _load(v_pointer, offsets, mask, DTYPE, INTERPRET)
             small = weight < 0.5
-            v = tl.fma(tl.where(small, weight, weight - 1.0), d - v, tl.where(small, v, d))
+            v = _fma(d - v, tl.where(small, weight, weight - 1.0), tl.where(small, v, d), INTERPRET)
             _store(v_pointer, offsets, v, mask, DTYPE, INTERPRET)
             d = v
-        p = tl.where(ratio == 0.0, p, tl.fma(d, ratio, p))  # 0 * d + p would lose the sign of -0.0
+        p = tl.where(ratio == 0.0, p, _fma(d, ratio, p, INTERPRET))  # 0 * d + p would lose the sign of -0.0
         _store(p_pointer, offsets, p, mask, DTYPE, INTERPRET)
         _store(a_pointer, offsets, p, mask, DTYPE, INTERPRET)
 

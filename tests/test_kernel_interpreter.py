@@ -28,14 +28,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 else:
     import _kernel_cases as cases
-    from triton.runtime import interpreter
 
     from extraopt.kernels import foreach, multi_tensor
 
     torch.set_num_threads(1)
-    pytestmark = pytest.mark.skipif(
-        not hasattr(interpreter._interpreter, "fma_fp32"), reason="the fma of this triton's interpreter rounds twice"
-    )
     FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
     def jumped(wanted, jump_, weight, drift, ratios=None, seed=0):
