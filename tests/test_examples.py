@@ -28,9 +28,9 @@ def test_plain_loop(tmp_path: Path):
 
 def test_hf_trainer_with_lora_resumes_and_keeps_jumping(tmp_path: Path):
     out = run(tmp_path, "hf_trainer.py")
-    ends = [int(step) for step in re.findall(r"step +(\d+): coherence", out)]
-    assert ends == [5, 10, 15, 20, 25, 30, 35, 40]
-    assert "0 tensors jumped" in out.splitlines()[0] and out.count("28 tensors jumped") >= 4
+    cycles = [(int(step), int(n)) for step, n in re.findall(r"step +(\d+): coherence .* (\d+) tensors jumped", out)]
+    assert [step for step, _ in cycles] == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert cycles[0] == (5, 0) and sum(n == 28 for _, n in cycles) >= 4
 
 
 @pytest.mark.slow
