@@ -257,7 +257,7 @@ class ExtraAdam(AdamW):
             # state, before weights are loaded. Then the first step that moves takes the anchor: till then its origin is
             # kept as a complement, which is negative.
             lr = group["lr"]
-            standing = not (isinstance(lr, Tensor) and lr.is_cuda) and float(lr) == 0
+            standing = (not isinstance(lr, Tensor) or lr.is_cpu) and float(lr) == 0  # never waits for a device
             for p in params_with_grad:
                 state = self.state[p]
                 if "extra_anchor" not in state or "extra_origin" not in state:
