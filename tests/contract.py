@@ -72,6 +72,12 @@ def assert_same(ours: Iterable[Tensor], theirs: Iterable[Tensor], what: str) -> 
             raise AssertionError(f"{what}: tensor {i} differs by {difference}")
 
 
+def assert_trained_as_if_new(make: Make, ours: Sequence[Tensor], theirs: Sequence[Tensor], what: str) -> None:
+    """`ours`, trained for two cycles, are what a new optimizer makes of `theirs`."""
+    train(make(theirs, **KNOBS), theirs, range(2 * EVERY))
+    assert_same(ours, theirs, what)
+
+
 def through_a_file(value: Any) -> Any:
     file = io.BytesIO()
     torch.save(value, file)
@@ -375,8 +381,7 @@ def parameters_replaced_before_the_first_step_are_the_ones_that_jump(make: Make)
     optimizer.param_groups[0]["params"] = list(ours)
     optimizer.state_dict()
     train(optimizer, ours, range(2 * EVERY))
-    train(make(theirs, **KNOBS), theirs, range(2 * EVERY))
-    assert_same(ours, theirs, "parameters replaced before step 1")
+    assert_trained_as_if_new(make, ours, theirs, "parameters replaced before step 1")
 
 
 @contract
@@ -388,8 +393,7 @@ def weights_loaded_before_the_first_step_are_the_anchor(make: Make) -> None:
             p.mul_(3)
             q.mul_(3)
     train(optimizer, ours, range(2 * EVERY))
-    train(make(theirs, **KNOBS), theirs, range(2 * EVERY))
-    assert_same(ours, theirs, "weights loaded after the constructor")
+    assert_trained_as_if_new(make, ours, theirs, "weights loaded after the constructor")
 
 
 @contract
@@ -413,8 +417,7 @@ def weights_written_by_the_first_closure_are_the_anchor(make: Make) -> None:
     with torch.no_grad():
         for q in theirs:
             q.mul_(3)
-    train(make(theirs, **KNOBS), theirs, range(2 * EVERY))
-    assert_same(ours, theirs, "weights written by the closure of step 1")
+    assert_trained_as_if_new(make, ours, theirs, "weights written by the closure of step 1")
 
 
 def _layouts() -> list[Parameter]:
