@@ -1,24 +1,33 @@
-"""`python -m extraopt --version`: which extraopt, torch and triton a bug report is about."""
+"""The `extraopt` command; `extraopt --version` says which extraopt, torch and triton a bug report is about."""
 
-import argparse
-from importlib.metadata import PackageNotFoundError, version
-
-import torch
-
-from . import __version__
+import sys
 
 
 def main() -> None:
-    """Print the versions."""
-    parser = argparse.ArgumentParser(prog="python -m extraopt", description=__doc__)
+    """Print the versions, or run the command line, whose libraries the core does without."""
+    if sys.argv[1:] == ["--version"]:
+        print_versions()
+        return
+    try:
+        from .cli import run
+    except ModuleNotFoundError as error:
+        sys.exit(f"extraopt: the command line needs {error.name}: pip install 'extraopt[cli]'")
+    run()
+
+
+def print_versions() -> None:
+    """One line."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from . import __version__
+
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "not installed"
-    versions = f"extraopt {__version__} (torch {torch.__version__}, triton {triton})"
-    parser.add_argument("--version", action="version", version=versions)
-    parser.parse_args()
-    parser.print_help()
+    print(f"extraopt {__version__} (torch {torch.__version__}, triton {triton})")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,8 @@
+"""Work on saved checkpoints: read them, extrapolate them, measure how straight their path was.
+
+Nothing here is imported by `import extraopt`.
+"""
+
+from .read import Checkpoint, CheckpointError, check_same_family, find_checkpoints, open_checkpoint
+
+__all__ = ["Checkpoint", "CheckpointError", "check_same_family", "find_checkpoints", "open_checkpoint"]
