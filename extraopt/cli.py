@@ -53,9 +53,7 @@ def linearity(
         Path | None, typer.Option(help="JSONL with prompt and response, or messages: measure log-probabilities too.")
     ] = None,
     sample: Annotated[int, typer.Option(min=0, help="Weights drawn from each tensor; 0: all.")] = 20_000,
-    min_move: Annotated[
-        float, typer.Option(min=0, help="The filter keeps weights that moved by more than this.")
-    ] = 1e-4,
+    min_move: Annotated[float, typer.Option(min=0, help="The filter keeps weights that moved by more.")] = 1e-4,
     min_values: Annotated[int, typer.Option(min=0, help="And that took so many distinct stored values.")] = 4,
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures; made if it is not there.")] = None,
     format: Annotated[str, typer.Option(help="Of the pictures: png, svg or pdf.")] = "png",
