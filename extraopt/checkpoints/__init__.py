@@ -3,6 +3,19 @@
 Nothing here is imported by `import extraopt`.
 """
 
+from .extrapolate import Extrapolation, LoraError, Sweep, coefficients, extrapolate, sweep
 from .read import Checkpoint, CheckpointError, check_same_family, find_checkpoints, open_checkpoint
 
-__all__ = ["Checkpoint", "CheckpointError", "check_same_family", "find_checkpoints", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Extrapolation",
+    "LoraError",
+    "Sweep",
+    "check_same_family",
+    "coefficients",
+    "extrapolate",
+    "find_checkpoints",
+    "open_checkpoint",
+    "sweep",
+]

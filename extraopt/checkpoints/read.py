@@ -23,7 +23,6 @@ from torch import Tensor
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
@@ -74,7 +73,10 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What only the model's class knows; `unknown` says why it could not be asked, or is empty."""
+    """What only the model's class knows; `unknown` says why it could not be asked, or is empty.
+
+    Names are those of the model, with and without the prefix of its base model: checkpoints come with either.
+    """
 
     tied: tuple[tuple[str, ...], ...]
     buffers: frozenset[str]
@@ -264,12 +266,16 @@ class Checkpoint:
             model = _model_on_meta(self)
         except Exception as error:  # whatever a config or a class may raise: the weights themselves are still there
             return ModelFacts(tuple(shared), frozenset(), f"{type(error).__name__}: {' '.join(str(error).split())}")
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
         parameters: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameters.setdefault(id(parameter), []).append(name)
-        tied = [tuple(group) for group in parameters.values() if len(group) > 1]
+        groups = [group for group in parameters.values() if len(group) > 1]
+        both = ([form for name in group for form in (name, name.removeprefix(prefix))] for group in groups)
+        tied = [tuple(dict.fromkeys(group)) for group in both]
         tied += [group for group in shared if not any(set(group) <= set(other) for other in tied)]
-        return ModelFacts(tuple(tied), frozenset(name for name, _ in model.named_buffers()), "")
+        buffers = [name for name, _ in model.named_buffers()]
+        return ModelFacts(tuple(tied), frozenset(form for b in buffers for form in (b, b.removeprefix(prefix))), "")
 
     @property
     def tied(self) -> tuple[tuple[str, ...], ...]:
@@ -307,7 +313,10 @@ def read_blocks(name: str, info: TensorInfo, elements: int) -> Iterator[Tensor]:
             want = min(count, info.numel - start) * size
             have = 0
             while have < want:
-                got = stream.readinto(view[have:want])
+                try:
+                    got = stream.readinto(view[have:want])
+                except OSError as error:
+                    raise CheckpointError(f"{name} in {info.file} can not be read: {error.strerror}.") from error
                 if not got:
                     raise CheckpointError(f"{info.file} ends within {name}. Copy it again.")
                 have += got
@@ -409,20 +418,54 @@ def find_checkpoints(path: str | Path) -> list[tuple[int, Path]]:
         raise CheckpointError(f"{path} is no folder. Give the folder of a checkpoint or of a run.")
     runs: dict[str, list[tuple[int, Path]]] = {}
     for folder in path.iterdir():
-        match = re.fullmatch(r"(.*?)(\d+)", folder.name)
+        prefix, step = split_step(folder)
         inside = next((folder / name for name in INSIDE if weights_in(folder / name)), None)
-        if match and inside:
-            runs.setdefault(match[1], []).append((int(match[2]), inside))
+        if step is not None and inside:
+            runs.setdefault(prefix, []).append((step, inside))
     if len(runs) > 1:
         names = ", ".join(f"{prefix}*" for prefix in sorted(runs))
         raise CheckpointError(f"{path} holds several runs ({names}). Give the folders one by one.")
     if runs:
         (found,) = runs.values()
         return sorted(found)
+    return [(split_step(path)[1] or 0, single(path))]
+
+
+def single(path: Path) -> Path:
+    """The folder of the one checkpoint at `path`, which may lie a little deeper.
+
+    Raises:
+        CheckpointError: There is none.
+    """
     inside = next((path / name for name in INSIDE if weights_in(path / name)), path)
-    open_checkpoint(inside)  # raises with what is wrong, if anything is
-    match = re.search(r"(\d+)$", path.name)
-    return [(int(match[1]) if match else 0, inside)]
+    if weights_in(inside) is None:
+        open_checkpoint(inside)  # raises with what is wrong
+    return inside
+
+
+def split_step(folder: Path) -> tuple[str, int | None]:
+    """`runs/x/checkpoint-100` is ("checkpoint-", 100); a number that is part of a word, as in `Qwen3`, is no step."""
+    match = re.fullmatch(r"(|.*[-_])(\d+)", folder.resolve().name)
+    return (match[1], int(match[2])) if match else (folder.name, None)
+
+
+def numbered(checkpoints: Sequence[str | Path]) -> list[tuple[int | None, Path]]:
+    """Checkpoints with their steps, where they are those of one run: a single folder of a run, or some of its folders.
+
+    Args:
+        checkpoints: Folders. Several are taken as they are, a single one stands for all checkpoints in it.
+
+    Returns:
+        (step, folder) in the order given; the steps are None where the names don't number checkpoints of one run.
+
+    Raises:
+        CheckpointError: One of them is no checkpoint.
+    """
+    if len(checkpoints) == 1:
+        return [*find_checkpoints(checkpoints[0])]
+    paths = [Path(path) for path in checkpoints]
+    runs = {(path.resolve().parent, split_step(path)[0]) for path in paths}
+    return [(split_step(path)[1] if len(runs) == 1 else None, single(path)) for path in paths]
 
 
 def some(names: Sequence[str]) -> str:

@@ -1,0 +1,528 @@
+"""Go on along the line that saved weights moved on: W = (1 + alpha) W_B - alpha W_A, written as a checkpoint.
+
+Weight extrapolation of "Linear Dynamics in the RLVR Training of LLMs" (arXiv 2601.04537, section 5; ExPO, arXiv
+2404.16792, is the same formula between a model and its fine-tuned self). Every variant here, through two checkpoints or
+many, averaged before or not, is a sum of checkpoints whose weights add up to 1.
+
+Tensors are read, summed and written in blocks of `BLOCK` elements, so that memory depends neither on the model's size
+nor on that of its tensors. Sums are taken in float64 and rounded once, to float32 or float64 and from there to the
+stored dtype: reading and writing take longer than that, and neither the order of a sum nor a large alpha costs a bit.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+from torch import Tensor
+
+from .read import DTYPES, Checkpoint, CheckpointError, check_same_family, numbered, open_checkpoint
+
+BLOCK = (
+    1 << 15
+)  # elements: stays in a core's cache, and torch starts no threads for it, which would cost more than they do
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FACTORS = ((".lora_A", ".lora_B"), (".lora_embedding_A", ".lora_embedding_B"))
+
+Progress = Callable[[float, float], None]
+
+
+@dataclass
+class LoraError:
+    """What became of a LoRA update, summed over all pairs of factors.
+
+    Errors are lengths of what the written B A misses of the sum of the products, in parts of the jump (the distance
+    from the last checkpoint's product to that sum). All lengths are Frobenius norms without the adapter's scale.
+
+    Attributes:
+        pairs: Pairs of factors.
+        jump: Length of the jump.
+        cross_term: Error of extrapolating A and B one by one: for two checkpoints alpha (1 + alpha) |dB dA| / jump.
+        truncation: Error of the product, cut back to the adapter's rank: the least that any pair of this rank can have.
+        written: Which of both is in the files: "product" or "factors".
+    """
+
+    pairs: int = 0
+    jump: float = 0.0
+    cross_term: float = 0.0
+    truncation: float = 0.0
+    written: Literal["product", "factors"] = "product"
+
+
+@dataclass
+class Extrapolation:
+    """What was written.
+
+    Attributes:
+        out: The new checkpoint's folder.
+        sum: Folder and weight of each checkpoint in the sum, in the order given. The weights add up to 1.
+        alpha: How far beyond the last point of the line, in distances from its first to its last point.
+        extrapolated: Number of tensors that are such a sum.
+        copied: Names of those taken from the last checkpoint unchanged: integers, buffers, those left out by pattern.
+        tied: Groups of names that the model holds as one parameter.
+        lora: For LoRA adapters.
+        notes: What to know before use, in words.
+        bytes: Size of the weights written.
+        seconds: Time taken.
+    """
+
+    out: Path
+    sum: list[tuple[Path, float]]
+    alpha: float
+    extrapolated: int = 0
+    copied: list[str] = field(default_factory=list)
+    tied: list[tuple[str, ...]] = field(default_factory=list)
+    lora: LoraError | None = None
+    notes: list[str] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def coefficients(
+    steps: Sequence[float], to: float, *, fit: Literal["line", "ols"] = "line", average: int = 1
+) -> list[float]:
+    """The weight of each checkpoint in the extrapolated one; they add up to 1.
+
+    Args:
+        steps: Of the checkpoints, increasing.
+        to: Step to extrapolate to.
+        fit: "line": the line through two points. "ols": each weight's least-squares line over all points (RELEX, arXiv
+            2605.21468, without its rank-1 filter).
+        average: Each point is the mean of so many checkpoints in a row (Extra-Merge, arXiv 2605.26484, averages first).
+
+    Raises:
+        CheckpointError: The steps do not increase, or there are not enough or too many points.
+    """
+    if any(not later > earlier for earlier, later in zip(steps, steps[1:])) or not all(map(math.isfinite, steps)):
+        raise CheckpointError(f"The steps {list(steps)} do not increase. Give the checkpoints in order, or --steps.")
+    if average < 1 or len(steps) % average:
+        raise CheckpointError(f"{len(steps)} checkpoints can not be averaged {average} by {average}.")
+    points = [sum(steps[i : i + average]) / average for i in range(0, len(steps), average)]
+    if len(points) < 2:
+        raise CheckpointError(f"{len(steps)} checkpoints averaged by {average} make {len(points)} point, not a line.")
+    if fit == "line" and len(points) > 2:
+        raise CheckpointError(f"A line goes through two points, not {len(points)}. Use --fit ols, or --average.")
+    mean = sum(points) / len(points)
+    spread = sum((point - mean) ** 2 for point in points)
+    of_points = [1 / len(points) + (to - mean) * (point - mean) / spread for point in points]
+    return [weight / average for weight in of_points for _ in range(average)]
+
+
+@contextmanager
+def new_folder(out: Path, inputs: Sequence[Path]) -> Iterator[Path]:
+    """A folder beside `out` to fill, which becomes `out` at the end or goes away: `out` is whole or not there at all.
+
+    Raises:
+        CheckpointError: `out` is not empty, lies within an input, or can't be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is there and not empty. Give a new folder.")
+    for folder in inputs:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{out} lies within the input {folder}, which stays as it is. Give another folder.")
+    beside: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent))
+        yield beside
+        beside.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner only
+        for folder in (beside, *(path for path in beside.rglob("*") if path.is_dir())):
+            _fsync(folder)
+        os.rename(beside, out)  # over an empty folder too; fails if someone filled it meanwhile
+        _fsync(out.parent)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise CheckpointError(f"{out} can not be written: {reason}. Nothing was left there.") from error
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _Sum:
+    """One extrapolation in progress: the sum over checkpoints, tensor by tensor, into a folder."""
+
+    def __init__(
+        self, checkpoints: list[Checkpoint], weights: list[float], include: Sequence[str], exclude: Sequence[str],
+        lora: Literal["product", "factors"], report: Extrapolation, progress: Progress | None,
+    ):  # fmt: skip
+        self.checkpoints, self.weights, self.last = checkpoints, weights, checkpoints[-1]
+        self.include, self.exclude, self.report = include, exclude, report
+        self.lora, self.progress = lora, progress
+        self.ready: dict[str, Tensor] = {}  # LoRA factors whose pair was computed when the other one was due
+        self.squares = torch.zeros(3, dtype=torch.float64)  # of jump, cross term, truncation
+        self.stored: dict[str, str] = {}  # name to file, as written
+        for pattern in (*include, *exclude):
+            if not any(fnmatchcase(name, pattern) for name in self.last.names):
+                raise CheckpointError(f"The pattern {pattern!r} fits no tensor such as {self.last.names[0]}.")
+        if lora == "product" and self.last.is_adapter and self.last.config.get("peft_type") != "LORA":
+            kind = self.last.config.get("peft_type")
+            raise CheckpointError(
+                f"{self.last.path} is a {kind} adapter, which has no product B A. Use --lora factors."
+            )
+
+    def moves(self, name: str) -> bool:
+        """Whether a tensor is extrapolated. All names of one parameter, and both factors of a pair, go together."""
+        if not self.last.dtype(name).is_floating_point or name in self.last.buffers:
+            return False
+        names = {name, *(other for group in self.last.tied if name in group for other in group)}
+        names.update(other for pair in [factors(name)] if pair for other in pair)
+        chosen = not self.include or any(fnmatchcase(n, pattern) for n in names for pattern in self.include)
+        return chosen and not any(fnmatchcase(n, pattern) for n in names for pattern in self.exclude)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The new tensor in flat pieces, in its dtype; each is overwritten by the next one."""
+        if not self.moves(name):
+            self.report.copied.append(name)
+            check = self.last.dtype(name).is_floating_point and name not in self.last.buffers
+            for block in self.last.blocks(name, BLOCK):
+                if check and not _finite(block):
+                    raise not_finite(name, self.last)
+                yield block
+            return
+        self.report.extrapolated += 1
+        pair = factors(name)
+        if pair and all(factor in self.last.infos for factor in pair):
+            if name not in self.ready:
+                self.ready.update(zip(pair, self.pair(*pair)))
+            yield from torch.split(self.ready.pop(name).reshape(-1), BLOCK)
+            return
+        new = torch.empty(0, dtype=self.last.dtype(name))
+        names = [checkpoint.resolve(name) or name for checkpoint in self.checkpoints]
+        for blocks in zip(*(c.blocks(n, BLOCK) for c, n in zip(self.checkpoints, names))):
+            last = blocks[-1].double()
+            total = last.clone()  # last + sum of w (W - last): the weights add up to 1, and nothing cancels
+            for weight, block in zip(self.weights[:-1], blocks):
+                total.add_(block.double().sub_(last), alpha=weight)
+            new.resize_(total.shape).copy_(total)
+            if not _finite(new):
+                for checkpoint, block in zip(self.checkpoints, blocks):
+                    if not _finite(block):
+                        raise not_finite(name, checkpoint)
+                raise CheckpointError(f"{name} leaves the range of {new.dtype} at this alpha. Use a smaller one.")
+            yield new
+
+    def pair(self, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
+        """New LoRA factors of one layer.
+
+        The products are never formed. All B side by side are Q R, all A on top of each other (transposed) P S, and so
+        any sum of products is Q C P^T with a small core C, of which the SVD gives the nearest product of rank r.
+        """
+        a_all: list[Tensor] = []
+        b_all: list[Tensor] = []
+        for checkpoint in self.checkpoints:
+            for name, all_factors in ((name_a, a_all), (name_b, b_all)):
+                factor = checkpoint.read(name).double()
+                if not _finite(factor):
+                    raise not_finite(name, checkpoint)
+                all_factors.append(factor)
+        a_shape, b_shape = a_all[0].shape, b_all[0].shape
+        rank = a_shape[0]
+        q, r = torch.linalg.qr(torch.cat([b.reshape(-1, rank) for b in b_all], 1))
+        p, s = torch.linalg.qr(torch.cat([a.reshape(rank, -1) for a in a_all], 0).mT)
+        each_r, each_s = r.split(rank, 1), s.split(rank, 1)
+        cores = [left @ right.mT for left, right in zip(each_r, each_s)]
+        target = sum((weight * core for weight, core in zip(self.weights, cores)), torch.zeros_like(cores[0]))
+        left, values, right = torch.linalg.svd(target)
+        apart = sum_of(self.weights, each_r) @ sum_of(self.weights, each_s).mT
+        self.squares[0] += (target - cores[-1]).square().sum()
+        self.squares[1] += (target - apart).square().sum()
+        self.squares[2] += values[rank:].square().sum()
+        assert self.report.lora is not None
+        self.report.lora.pairs += 1
+        if self.lora == "factors":
+            new_a, new_b = sum_of(self.weights, a_all), sum_of(self.weights, b_all)
+        else:
+            kept = values[:rank].sqrt()
+            new_a, new_b = torch.zeros(rank, p.shape[0]).double(), torch.zeros(q.shape[0], rank).double()
+            new_a[: len(kept)] = kept[:, None] * (right[: len(kept)] @ p.mT)
+            new_b[:, : len(kept)] = q @ left[:, : len(kept)] * kept
+        new = new_a.reshape(a_shape).to(self.last.dtype(name_a)), new_b.reshape(b_shape).to(self.last.dtype(name_b))
+        if not all(map(_finite, new)):
+            raise CheckpointError(f"{name_a} or its B leaves the range of its dtype at this alpha. Use a smaller one.")
+        return new
+
+    def write(self, folder: Path) -> None:
+        """All files of the new checkpoint."""
+        self.report.bytes = sum(info.nbytes for info in self.last.infos.values())
+        free = shutil.disk_usage(folder).free
+        if free < self.report.bytes:
+            raise OSError(errno.ENOSPC, f"{self.report.bytes} bytes to write, {free} free")
+        shards: dict[str, list[str]] = {}
+        for name in self.last.names:
+            if not self.doubled(name):
+                shards.setdefault(self.last.shard_of(name), []).append(name)
+        done = 0
+        for shard, names in shards.items():
+            file = folder / shard.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+            with open(file, "wb", buffering=0) as stream:
+                _write_header(stream, self.last, names, self.last.metadata.get(shard, {}))
+                for name in names:
+                    for piece in self.pieces(name):
+                        memory = bytearray(piece.numel() * piece.element_size())
+                        if memory:
+                            torch.frombuffer(memory, dtype=piece.dtype).copy_(piece)
+                        _write_all(stream, memory)
+                        done += len(memory)
+                        if self.progress:
+                            self.progress(done, self.report.bytes)
+                    self.stored[name] = file.name
+                os.fsync(stream.fileno())
+        if len(shards) > 1 or (self.last.path / "model.safetensors.index.json").exists():
+            index = {"metadata": {"total_size": done}, "weight_map": dict(sorted(self.stored.items()))}
+            _write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        for file in self.last.files:
+            copy = folder / file.relative_to(self.last.path)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+            _fsync(copy)
+        self.report.bytes = done
+
+    def doubled(self, name: str) -> bool:
+        """Whether a `.bin` holds this tensor as another name of one before it: safetensors keep one name of a tie."""
+        info = self.last.infos[name]
+        if info.file.suffix != ".bin":
+            return False
+        group = next((group for group in self.last.tied if name in group), (name,))
+        first = next(other for other in group if other in self.last.infos)
+        twin = self.last.infos[first]
+        return first != name and (twin.file, twin.offset) == (info.file, info.offset)
+
+
+def factors(name: str) -> tuple[str, str] | None:
+    """The names of both LoRA factors, given that of one; None for another tensor."""
+    for a, b in FACTORS:
+        if a in name or b in name:
+            return name.replace(b, a), name.replace(a, b)
+    return None
+
+
+def sum_of(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of w W, where the w add up to 1, by way of differences from the last."""
+    total = tensors[-1].clone()
+    for weight, tensor in zip(weights[:-1], tensors):
+        total.add_(tensor - tensors[-1], alpha=weight)
+    return total
+
+
+def not_finite(name: str, checkpoint: Checkpoint) -> CheckpointError:
+    """The error for NaN or infinity among weights."""
+    file = checkpoint.path / checkpoint.shard_of(checkpoint.resolve(name) or name)
+    return CheckpointError(f"{name} in {file} holds NaN or infinity. Use a checkpoint from before that.")
+
+
+def _finite(block: Tensor) -> bool:
+    # one pass; the sum of finite numbers may overflow, and then they are looked at one by one
+    total = block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
+    return math.isfinite(total.item()) or bool(block.isfinite().all())
+
+
+def _write_all(stream: BinaryIO, memory: bytes | bytearray) -> None:
+    view = memoryview(memory)
+    while view:  # a raw write may take a part only
+        view = view[stream.write(view) :]
+
+
+def _write_header(stream: BinaryIO, layout: Checkpoint, names: list[str], metadata: dict[str, str]) -> None:
+    """What a safetensors file begins with: https://huggingface.co/docs/safetensors/index#format."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for name in names:
+        info = layout.infos[name]
+        where = [offset, offset + info.nbytes]
+        header[name] = {"dtype": NAMES[info.dtype], "shape": info.shape, "data_offsets": where}
+        offset += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    _write_all(stream, len(text).to_bytes(8, "little") + text)
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+    _fsync(file)
+
+
+def extrapolate(
+    checkpoints: Sequence[str | Path],
+    out: str | Path,
+    *,
+    alpha: float | None = None,
+    to: float | None = None,
+    steps: Sequence[float] | None = None,
+    fit: Literal["line", "ols"] = "line",
+    average: int = 1,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    lora: Literal["product", "factors"] = "product",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Extrapolation:
+    """Extrapolate checkpoints and write the result as one that `from_pretrained` loads.
+
+    The new checkpoint has the last one's dtypes, shards, config, tokenizer and index; `.bin` files become safetensors.
+    Memory: a few blocks, some MB, whatever the model's size; for a LoRA adapter the factors of one layer besides.
+
+    Args:
+        checkpoints: Folders of models of one family, earliest first; or of adapters on one base model. A single folder
+            of a run stands for all its checkpoints.
+        out: New folder. It appears when all of it is written.
+        alpha: How far: 1 goes on beyond the last point as far as it lies from the first.
+        to: How far, as a step; `steps` are then needed, from the folders' names if not given here.
+        steps: Step of each checkpoint.
+        fit: The line through two points, or least squares over more: see `coefficients`.
+        average: Checkpoints averaged into a point.
+        include: Patterns of names (`*.mlp.*`) to extrapolate, instead of all.
+        exclude: Patterns of names to take from the last checkpoint as they are.
+        lora: "product" extrapolates each update B A and cuts it back to its rank; "factors" A and B one by one.
+        trust_remote_code: Allow Python code from the last checkpoint's folder to run, to learn what the model ties.
+        progress: Called with bytes written and bytes to write.
+
+    Returns:
+        What was written, of what.
+
+    Raises:
+        CheckpointError: The input is bad, or `out` can't be written. Then `out` is as it was.
+    """
+    start = time.perf_counter()
+    found = numbered(checkpoints)
+    paths, weights, alpha = _line(found, alpha, to, steps, fit, average)
+    opened = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
+    for checkpoint in opened[:-1]:
+        check_same_family(checkpoint, opened[-1])
+    last = opened[-1]
+    report = Extrapolation(Path(out), list(zip(paths, weights)), alpha, tied=list(last.tied))
+    if last.model_facts.unknown:
+        report.notes.append(
+            f"The model's class could not be asked what it ties and buffers ({last.model_facts.unknown[:200]}): "
+            "every tensor of floats was taken for a weight."
+        )
+    if last.is_adapter:
+        report.lora = LoraError(written=lora)
+        bases = {str(checkpoint.config.get("base_model_name_or_path")) for checkpoint in opened}
+        if len(bases) > 1:
+            report.notes.append(f"The adapters name different base models: {', '.join(sorted(bases))}.")
+    work = _Sum(opened, weights, include, exclude, lora, report, progress)
+    with new_folder(report.out, paths) as folder:
+        work.write(folder)
+    if report.lora is not None:
+        jump, cross_term, truncation = work.squares.sqrt().tolist()
+        if jump > 0:
+            report.lora.jump = jump
+            report.lora.cross_term, report.lora.truncation = cross_term / jump, truncation / jump
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _line(
+    found: list[tuple[int | None, Path]], alpha: float | None, to: float | None, steps: Sequence[float] | None,
+    fit: Literal["line", "ols"], average: int,
+) -> tuple[list[Path], list[float], float]:  # fmt: skip
+    """The checkpoints, their weights in the sum, and alpha."""
+    if (alpha is None) == (to is None):
+        raise CheckpointError("Say how far: either --alpha, or --to with the steps of the checkpoints.")
+    if len(found) < 2:
+        raise CheckpointError(f"{found[0][1]}: it takes two checkpoints to make a line.")
+    if steps is None:
+        of_run = [step for step, _ in found if step is not None]
+        if len(of_run) == len(found):
+            steps = of_run
+        elif alpha is not None and len(found) == 2 * average:
+            steps = range(len(found))  # alpha is in distances between two points, wherever they are
+        else:
+            raise CheckpointError("The folders' names do not end in steps of one run. Give --steps.")
+    if len(steps) != len(found):
+        raise CheckpointError(f"There are {len(steps)} steps for {len(found)} checkpoints. Give one for each.")
+    first, last = sum(steps[:average]) / average, sum(steps[-average:]) / average
+    if to is None:
+        assert alpha is not None
+        to = last + alpha * (last - first)
+    weights = coefficients(steps, to, fit=fit, average=average)
+    if not math.isfinite(to):
+        raise CheckpointError("How far to go is no finite number.")
+    return [path for _, path in found], weights, (to - last) / (last - first)
+
+
+@dataclass
+class Sweep:
+    """A sweep over alpha.
+
+    Attributes:
+        rows: Alpha, folder and score of each model; alpha 0 is the last checkpoint itself. No scores without an
+            evaluation.
+        best: The row with the highest score.
+    """
+
+    rows: list[dict[str, Any]]
+    best: dict[str, Any] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def sweep(
+    checkpoints: Sequence[str | Path],
+    out: str | Path,
+    alphas: Sequence[float],
+    evaluate: Callable[[Path], float] | None = None,
+    **options: Any,
+) -> Sweep:
+    """Extrapolate by several alphas, into `out/alpha-1`, `out/alpha-2`, ..., and score each.
+
+    Args:
+        checkpoints: As for `extrapolate`.
+        out: New folder.
+        alphas: How far.
+        evaluate: Score of the model in a folder, higher is better; called for the last checkpoint too.
+        options: Of `extrapolate`.
+
+    Returns:
+        Scores, by alpha. Also written to `out/sweep.json`.
+
+    Raises:
+        CheckpointError: As `extrapolate`; models written before it stay.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is there and not empty. Give a new folder.")
+    rows: list[dict[str, Any]] = []
+    if evaluate:
+        last = numbered(checkpoints)[-1][1]
+        open_checkpoint(last)
+        rows.append({"alpha": 0.0, "dir": str(last), "score": float(evaluate(last))})
+    for alpha in sorted(set(alphas)):
+        folder = extrapolate(checkpoints, out / f"alpha-{alpha:g}", alpha=alpha, **options).out
+        rows.append({"alpha": alpha, "dir": str(folder), "score": float(evaluate(folder)) if evaluate else None})
+    best = max(rows, key=lambda row: row["score"]) if evaluate else None
+    result = Sweep(rows, best)
+    _write_text(out / "sweep.json", json.dumps(result.as_dict(), indent=1) + "\n")
+    return result
