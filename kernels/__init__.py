@@ -6,7 +6,8 @@ pairs of reals.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -14,9 +15,14 @@ from torch import Tensor
 
 from . import foreach
 
+_FUSED_DEVICES = {"cuda"}  # types of device whose tensors are offered to the fused kernel; AMD's are "cuda" to torch
 
+_Lists = tuple[list[Tensor], list[Tensor], list[Tensor] | None]
+
+
+@functools.cache  # Python does not remember an import that failed
 def _fused() -> ModuleType | None:
-    """The Triton implementation, imported only when a list on a GPU asks for it."""
+    """The Triton implementation, imported only when a tensor on a GPU asks for it; None where there is no Triton."""
     try:
         from . import multi_tensor
     except ImportError:
@@ -24,36 +30,39 @@ def _fused() -> ModuleType | None:
     return multi_tensor
 
 
-def _partition(
-    params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None
-) -> list[tuple[ModuleType, list[int]]]:
-    """Which implementation takes which positions: one list per implementation and device."""
-    lists: dict[tuple[ModuleType, torch.device], list[int]] = {}
-    for i, p in enumerate(params):
-        fused = _fused() if p.is_cuda else None
-        takes = fused is not None and fused.supports(p, anchors[i], None if drifts is None else drifts[i])
-        lists.setdefault((fused if takes and fused else foreach, p.device), []).append(i)
-    return [(module, indices) for (module, _), indices in lists.items()]
-
-
 def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
 
+def _dispatch(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None
+) -> Iterator[tuple[ModuleType, list[int], _Lists]]:
+    """Each implementation with the positions that it takes, all on one device, and its part of the three lists."""
+    p, a, v = _real(params), _real(anchors), None if drifts is None else _real(drifts)
+    positions: dict[tuple[ModuleType, torch.device], list[int]] = {}
+    for i, t in enumerate(p):
+        fused = _fused() if t.device.type in _FUSED_DEVICES else None
+        module = fused if fused and fused.supports(t, a[i], None if v is None else v[i]) else foreach
+        positions.setdefault((module, t.device), []).append(i)
+    for (module, _), indices in positions.items():
+        yield module, indices, ([p[i] for i in indices], [a[i] for i in indices], v and [v[i] for i in indices])
+
+
 def cycle_sums(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Tensor:
-    """<D, V>, <D, D>, <V, V> and <E, E> of each tensor, with D = E - A: float64 [T, 4] on the CPU.
+    """What the gate needs to know of each tensor. Reads only.
 
     Args:
         params: E, T floating or complex tensors, any mix of shapes, layouts, dtypes and devices.
         anchors: A, of the same shapes, dtypes and devices.
         drifts: V, likewise; None (columns 0 and 2 are then 0) where the rule keeps no estimate.
 
+    Returns:
+        float64 [T, 4] on the CPU: <D, V>, <D, D>, <V, V>, <E, E> with D = E - A; not finite where an input is not.
+
     Waits for the device: this is the one place where a cycle's end needs host values.
     """
     sums = torch.zeros(len(params), 4, dtype=torch.float64)
-    p, a, v = _real(params), _real(anchors), None if drifts is None else _real(drifts)
-    for module, indices in _partition(p, a, v):
-        lists = [p[i] for i in indices], [a[i] for i in indices], None if v is None else [v[i] for i in indices]
+    for module, indices, lists in _dispatch(params, anchors, drifts):
         sums[indices] = module.cycle_sums(*lists).cpu()
     return sums
 
@@ -68,11 +77,9 @@ def jump_(
     """V <- lerp(V, D, weight), P <- P + ratio * V, A <- P for every tensor, in place, with D = P - A.
 
     Args:
-        params, anchors, drifts: as in `cycle_sums`; all values finite.
-        ratios: g * N / k, one for each tensor; 0 leaves its weights bit for bit.
+        params, anchors, drifts: as in `cycle_sums`, all values finite; without drifts V = D, and none is kept.
+        ratios: g * N / k, one for each tensor; 0 leaves its weights as they are, bit for bit.
         weight: 1 - extra_beta.
     """
-    p, a, v = _real(params), _real(anchors), None if drifts is None else _real(drifts)
-    for module, indices in _partition(p, a, v):
-        lists = [p[i] for i in indices], [a[i] for i in indices], None if v is None else [v[i] for i in indices]
+    for module, indices, lists in _dispatch(params, anchors, drifts):
         module.jump_(*lists, [ratios[i] for i in indices], weight)

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -28,7 +29,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 else:
     import _kernel_cases as cases
+    import test_properties
+    from helpers import assert_same
+    from hypothesis import Phase, settings
 
+    from extraopt import ExtraAdam, kernels
     from extraopt.kernels import foreach, multi_tensor
 
     torch.set_num_threads(1)
@@ -52,6 +57,57 @@ else:
         if not drift:
             assert not cases.differing(fused.drifts, before.drifts)
         return before, fused
+
+    @pytest.fixture
+    def taken(monkeypatch):
+        """Offers CPU tensors to the fused kernel; counts the dtypes of what each implementation then jumps."""
+        counts = {foreach: Counter(), multi_tensor: Counter()}
+
+        def spy(module):
+            jump_ = module.jump_
+
+            def counting(params, *rest):
+                counts[module].update(p.dtype for p in params)
+                jump_(params, *rest)
+
+            monkeypatch.setattr(module, "jump_", counting)
+
+        spy(foreach)
+        spy(multi_tensor)
+        monkeypatch.setattr(kernels, "_FUSED_DEVICES", {"cpu"})
+        return counts
+
+    def test_the_end_of_a_cycle_is_the_reference_within_one_rounding(taken):
+        check = test_properties.test_the_end_of_a_cycle_is_the_reference_within_one_rounding
+        settings(max_examples=40, phases=[Phase.generate])(check)()  # to shrink an example takes minutes here
+        assert set(taken[multi_tensor]) == set(FLOATS) and torch.float64 in taken[foreach]
+
+    @pytest.mark.parametrize("gate", [0.4, None])
+    @pytest.mark.parametrize("beta", [0.5, 0.0])
+    def test_a_whole_run_is_that_of_the_torch_operations_bit_for_bit(taken, monkeypatch, beta, gate):
+        def run():
+            generator = torch.Generator().manual_seed(0)
+            dtypes = [*FLOATS, torch.float64, torch.complex64, torch.complex128]
+            tensors = [torch.randn(n, 3, dtype=dtype, generator=generator) for n in (1, 11) for dtype in dtypes]
+            tensors += [torch.randn(5, 4, generator=generator).t(), torch.zeros(0, 3)]
+            tensors += [torch.randn(4, 3, 2, generator=generator)[..., 0]]  # gaps
+            params = [torch.nn.Parameter(t) for t in tensors]
+            knobs = {"extra_every": 3, "extra_steps": 9, "extra_beta": beta, "extra_gate": gate}
+            optimizer = ExtraAdam(params, lr=0.01, **knobs)
+            for _ in range(10):
+                for p in params:  # a slope with noise: a path that is worth a jump
+                    p.grad = 1 + 0.3 * torch.randn(p.shape, dtype=p.dtype, generator=generator)
+                optimizer.step()
+            assert optimizer.last_jump.gate > 0 and optimizer.last_jump.jumped >= 14
+            return params, [optimizer.state[p] for p in params]
+
+        ours, our_states = run()
+        assert taken[multi_tensor] == {torch.float32: 3 * 6, torch.bfloat16: 3 * 2, torch.float16: 3 * 2}
+        assert taken[foreach] == {torch.float64: 3 * 4, torch.float32: 3 * 1}
+        monkeypatch.setattr(kernels, "_FUSED_DEVICES", set())
+        theirs, their_states = run()
+        assert_same(ours, theirs, "weights")
+        assert_same(our_states, their_states, "states")
 
     @pytest.mark.parametrize("drift", [True, False])
     @pytest.mark.parametrize("dtype", FLOATS)
