@@ -186,3 +186,23 @@ def token_curves(report: dict[str, Any], path: Path, *, count: int = 8) -> None:
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="context [token]")
     _tidy(axes)
     figure.savefig(path)
+
+
+def sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The score of each alpha: the inverted U of extrapolation, with its top marked.
+
+    Args:
+        rows: of `checkpoints.Sweep`, each with a score.
+        path: file to write.
+    """
+    alphas, scores = [row["alpha"] for row in rows], [row["score"] for row in rows]
+    top = int(np.argmax(scores))
+    figure = _figure(6.5, 4)
+    axes = figure.add_subplot()
+    axes.plot(alphas, scores, color=BLUE, marker="o", linewidth=1.8, zorder=3)
+    axes.plot(alphas[top], scores[top], color=RED, marker="*", markersize=16, linestyle="none", zorder=4,
+              label=f"best: alpha {alphas[top]:g}, score {scores[top]:.4g}")  # fmt: skip
+    axes.set(xlabel=r"$\alpha$ (0: the last checkpoint itself)", ylabel="score", title="Weight extrapolation")
+    axes.legend(frameon=False)
+    _tidy(axes)
+    figure.savefig(path)
