@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from extraopt import ExtraAdam
+from extraopt import ExtraAdam, kernels
 from extraopt.cycle import Lane, averaging, end_cycle
 from extraopt.kernels import reference
 
@@ -112,6 +112,21 @@ def test_complex_tensors_jump_as_pairs_of_reals():
     report = end_cycle([Lane([p], [A.clone()], [V.clone()], [3], every=3, horizon=9, beta=0.8, gate=0.4, start=0)])
     assert report.gate == gate > 0
     assert_within_one_rounding(torch.view_as_real(p), want[0], gate * 3, *pairs)
+
+
+@pytest.mark.parametrize("dtype", REAL)
+def test_the_bits_of_the_sums_do_not_depend_on_the_number_of_threads(dtype):
+    g = torch.Generator().manual_seed(0)
+    sizes = [300_001, 1 << 20, *range(1, 400)]
+    lists = [[torch.randn(n, generator=g).to(dtype) for n in sizes] for _ in range(3)]
+    threads, sums = torch.get_num_threads(), []
+    try:
+        for n in 1, 2, 3:
+            torch.set_num_threads(n)
+            sums.append(kernels.cycle_sums(*lists))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
 
 
 class Shadow:
