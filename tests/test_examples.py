@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -36,5 +37,19 @@ def test_hf_trainer_with_lora_resumes_and_keeps_jumping(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_demo_makes_its_table_and_picture(tmp_path: Path):
-    run(tmp_path, "grpo_smollm2.py", "--steps", "7", "--out", str(tmp_path / "demo"))
-    assert list((tmp_path / "demo").glob("*.png")) and list((tmp_path / "demo").glob("*.json"))
+    out = tmp_path / "demo"
+    table = run(tmp_path, "grpo_smollm2.py", "--steps", "7", "--out", str(out))
+    assert "AdamW" in table and "ExtraAdam" in table
+    assert (out / "rewards.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results.json").read_text())
+    assert results["settings"]["steps"] == 7 and list(results["runs"]) == ["AdamW", "ExtraAdam"]
+    adamw, extra = results["runs"].values()
+    for one in adamw, extra:
+        assert len(one["rewards"]) == 7 and all(0 <= reward <= 1 for reward in one["rewards"])
+        assert len(one["samples"]) == 7 and one["seconds"] > 0
+    assert len(set(adamw["rewards"])) > 1
+    assert adamw["cycles"] == []
+    (cycle,) = extra["cycles"]
+    assert cycle["step"] == 5 and cycle["gate"] == 0 and cycle["jumped"] == 0 and cycle["drift_norm"] > 0
+    # nothing has jumped yet: the same steps from the same questions by the same dice
+    assert extra["rewards"] == adamw["rewards"] and extra["samples"] == adamw["samples"]
