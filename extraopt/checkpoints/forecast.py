@@ -171,7 +171,7 @@ def _worth(error: float, left: Tensor, passed: Tensor) -> float | None:
     """The real steps after which training was as near to the target as the forecast: linear between checkpoints."""
     if left[0] <= 0:
         return None
-    if error >= left[0]:
+    if error >= left[0] * (1 - 1e-9):  # rounding alone saves no step
         return 0.0
     i = int((left <= error).nonzero()[0])
     share = (float(left[i - 1]) - error) / float(left[i - 1] - left[i])

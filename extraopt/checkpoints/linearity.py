@@ -229,7 +229,7 @@ def measure(
         paths.unchanged += weight * float((drifts == 0).sum())
         paths.rounding += weight * float(_spacing(values[0], dtype).square().sum()) / 6
         travelled += float(drifts.abs().sum())
-        starts.append(values[0, -done % stride :: stride])
+        starts.append(values[0, -done % stride :: stride].clone())  # a view would keep the whole chunk alive
         done += values.shape[1]
     if travelled > 0:
         scale = travelled / count / float(t.diff().sqrt().sum()) * math.sqrt(math.pi / 2)

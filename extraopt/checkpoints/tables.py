@@ -18,10 +18,9 @@ WORDS = 10
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(
-            column, justify="right" if i else "left", no_wrap=True, min_width=max(6, len(column)) if i else 0
-        )
+    table.add_column(columns[0], overflow="fold")  # a long name takes two lines before a number is cut
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
