@@ -355,12 +355,12 @@ def _model_on_meta(checkpoint: Checkpoint) -> torch.nn.Module:
     """The checkpoint's model without weights. Runs code from the checkpoint's folder only where that is trusted."""
     import transformers
 
-    trust: dict[str, Any] = {"trust_remote_code": checkpoint.trust_remote_code, "local_files_only": True}
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path, **trust)
+    trust = checkpoint.trust_remote_code
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust, local_files_only=True)
     known: Any = getattr(transformers, (config.architectures or [""])[0], None)
     auto: Any = transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        model: torch.nn.Module = known(config) if known else auto.from_config(config, **trust)
+        model: torch.nn.Module = known(config) if known else auto.from_config(config, trust_remote_code=trust)
     model.tie_weights()  # type: ignore[operator]
     return model
 
