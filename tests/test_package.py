@@ -46,7 +46,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_has_only_our_package_and_no_top_level_kernels(installed: Path):
     assert {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info")} == {"extraopt"}
     names = {str(p.relative_to(installed / "extraopt")) for p in (installed / "extraopt").rglob("*") if p.is_file()}
-    sources = {p.name for p in (ROOT / "extraopt").iterdir() if p.is_file()}
+    sources = {str(p.relative_to(ROOT / "extraopt")) for p in (ROOT / "extraopt").rglob("*.py")} | {"py.typed"}
     assert names == sources | {f"kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
 
 
