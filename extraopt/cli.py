@@ -83,7 +83,9 @@ def linearity(
         report = measure(found, sample=sample or None, keep=keep, seed=seed, progress=bar)
     if prompts:
         from .checkpoints.tokens import token_linearity
+        from .decoding import be_quiet
 
+        be_quiet()
         with progress("log-probabilities") as bar:
             report["tokens"] = token_linearity(
                 found, prompts, base=base, batch_size=batch_size, device=device, trust_remote_code=trust_remote_code,

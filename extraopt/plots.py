@@ -48,7 +48,8 @@ def _histogram(axes: Axes, found: Sequence[float], null: Sequence[float], title:
     axes.set_title(title, fontsize=11)
     axes.set(xlabel=r"$R^2$ of value against step", ylabel="density", xlim=(0, 1))
     axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    if axes.has_data():
+        axes.legend(frameon=False, loc="upper left", fontsize=9)
     _tidy(axes)
 
 
@@ -99,7 +100,8 @@ def skill(report: dict[str, Any], path: Path) -> None:
     if cut and min(cut) < LOWEST:
         left.text(0.99, 0.01, f"cut off at {LOWEST:g}; lowest {min(cut):.1f}", transform=left.transAxes, ha="right",
                   va="bottom", fontsize=8, color=GREY)  # fmt: skip
-    left.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    if cut:
+        left.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     _tidy(left)
     right.axhline(0, color=GREY, linewidth=1)
     right.axhline(0.4, color=RED, linewidth=1, linestyle="--")
