@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,11 +42,15 @@ def main() -> None:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[float, float], None]]:
-    """A progress bar on stderr, if that is a terminal: call the result with (done, total)."""
+    """A progress bar on stderr, if that is a terminal: call the result with (done, total).
+
+    What libraries print to stdout meanwhile goes to stderr too, and out of the results.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        with redirect_stdout(sys.stderr):
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -78,12 +82,17 @@ def linearity(
 
     found = [checkpoint for path in paths for checkpoint in find_checkpoints(path)]
     keep = Filter(min_move, min_values)
+    if prompts and not prompts.is_file():
+        raise CheckpointError(f"--prompts {prompts}: no such file")
     draw = _pictures(plots, format) if plots else None
     with progress("weights") as bar:
         report = measure(found, sample=sample or None, keep=keep, seed=seed, progress=bar)
     if prompts:
-        from .checkpoints.tokens import token_linearity
-        from .decoding import be_quiet
+        try:
+            from .checkpoints.tokens import token_linearity
+            from .decoding import be_quiet
+        except ImportError as error:
+            raise CheckpointError(f"--prompts needs transformers: pip install 'extraopt[hf]' ({error})") from error
 
         be_quiet()
         with progress("log-probabilities") as bar:
