@@ -729,8 +729,8 @@ def test_smollm2_beyond_a_copy_and_beyond_its_base(smollm2: tuple[Any, Any, Any]
         (adapter, later, LogitsExtrapolation.adapter_off(adapter, 0.5)),
     ]
     for two, one, processor in pairs:
-        output = generate(two, inputs, max_new_tokens=20, logits_processor=[processor])
+        output = generate(two, inputs, max_new_tokens=8, logits_processor=[processor])
         for row, found in zip(rows, output[:, width:].tolist()):
-            expected = without_cache(two, one, 0.5, row, 20, eos)
+            expected = without_cache(two, one, 0.5, row, 8, eos)
             assert found[: len(expected)] == expected
-        assert output.tolist() != generate(two, inputs, max_new_tokens=20).tolist()
+        assert output.tolist() != generate(two, inputs, max_new_tokens=8).tolist()
