@@ -16,6 +16,7 @@ from extraopt import cli
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> str:
     monkeypatch.setattr(sys, "argv", ["extraopt", *map(str, words)])
     monkeypatch.setenv("COLUMNS", "200")
+    capsys.readouterr()  # what libraries printed while models were made
     with pytest.raises(SystemExit) as stop:
         cli.run()
     said = capsys.readouterr()
