@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from extraopt import cli
 from extraopt.checkpoints import CheckpointError, find_checkpoints
 from extraopt.checkpoints import linearity as module
 from extraopt.checkpoints.linearity import Filter, layer_number, layer_type, linearity, measure, random_walks
@@ -363,8 +366,16 @@ def test_the_verdict_of_a_run_that_stood_still():
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "extraopt.cli", "linearity", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True)
+    """The command line in this process: what a shell would get of it."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    line = ["extraopt", "linearity", *map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", line)
+        try:
+            cli.run()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(line, code, out.getvalue(), err.getvalue())
 
 
 def test_the_command_prints_tables_or_one_json_object(tmp_path: Path):
@@ -437,6 +448,7 @@ def test_bad_arguments_end_in_one_line_before_any_work(tmp_path: Path):
     for arguments, says in (
         ((tmp_path / "run", "--plots", tmp_path / "p", "--format", "jpeg"), "png, svg or pdf"),
         ((tmp_path / "run", "--plots", found[0][1] / "config.json"), "no folder for pictures"),
+        ((tmp_path / "run", "--prompts", tmp_path / "p.jsonl"), "no such file"),
         ((tmp_path / "absent",), "absent"),
         ((found[0][1], found[1][1], found[0][1]), "both of step 0"),
     ):
