@@ -32,17 +32,21 @@ def _tidy(axes: Axes) -> None:
     axes.grid(axis="y", alpha=0.2)
 
 
-def _histogram(axes: Axes, found: Sequence[float], null: Sequence[float], title: str) -> None:
-    edges = np.linspace(0, 1, len(found) + 1)
-    for counts, color, name, style in ((found, BLUE, "this run", "-"), (null, RED, "walks without a direction", "--")):
+Histogram = tuple[Sequence[float], float | None]  # counts in equal bins from 0 to 1, median
+
+
+def _histogram(axes: Axes, found: Histogram, null: Histogram, title: str) -> None:
+    edges = np.linspace(0, 1, len(found[0]) + 1)
+    for (counts, median), color, name, style in (
+        (found, BLUE, "this run", "-"),
+        (null, RED, "walks without a direction", "--"),
+    ):
         heights = np.asarray(counts, dtype=float)
-        if heights.sum() > 0:
+        if median is not None:
             heights = heights / heights.sum() * len(heights)
             axes.stairs(heights, edges, color=color, linewidth=1.8, linestyle=style, label=name, zorder=3)
             if name == "this run":
                 axes.stairs(heights, edges, color=color, alpha=0.2, fill=True)
-            below = np.cumsum(heights) / heights.sum()
-            median = float(np.interp(0.5, np.concatenate([[0.0], below]), edges))
             axes.axvline(median, color=color, linewidth=1, linestyle=style)
             axes.plot([], [], " ", label=f"   median {median:.2f}")
     axes.set_title(title, fontsize=11)
@@ -64,13 +68,16 @@ def r2_histogram(report: dict[str, Any], path: Path, *, what: str = "weights") -
     figure, counts, total = _figure(11, 4.2), report["histogram"], report["total"]
     left, right = figure.subplots(1, 2)
     still = f" ({total['constant']:.0%} never move)" if total["constant"] >= 0.005 else ""
-    _histogram(left, counts["all"], counts["walks"], f"All {what} that move{still}")
+    run, null = (counts["all"], total["r2_median"]), (counts["walks"], total["null_median"])
+    _histogram(left, run, null, f"All {what} that move{still}")
     unit = " nats" if what == "tokens" else ""
     rule = f"moved by over {report['filter']['min_move']:g}{unit}"
     if report["filter"]["min_values"] > 2:
         rule += f", {report['filter']['min_values']} or more values"
     shares = f"{total['kept']:.1%} of {what}, {total['null_kept']:.1%} of walks"
-    _histogram(right, counts["kept"], counts["walks_kept"], f"Through the filter: {rule}\nkept: {shares}")
+    run = counts["kept"], total["kept_r2_median"]
+    null = counts["walks_kept"], total["null_kept_r2_median"]
+    _histogram(right, run, null, f"Through the filter: {rule}\nkept: {shares}")
     if not total["kept"]:
         right.text(0.5, 0.5, f"The filter keeps none of the {what}", ha="center", color=GREY)
     figure.savefig(path)

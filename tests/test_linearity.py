@@ -209,6 +209,12 @@ def test_r2_and_skill_know_neither_unit_nor_offset(seed: int, scale: float, offs
     assert two["skill"][0]["skill"] == pytest.approx(one["skill"][0]["skill"], abs=1e-6)
 
 
+@pytest.mark.parametrize("r2", [[0.2], [0.2, 0.9], [0.1, 0.2, 0.9, 0.95], [0.1, 0.4, 0.9], [1.0, 1.0], [0.0, 1.0]])
+def test_the_median_of_few_is_that_of_numpy(r2: list[float]):
+    found = module._quantile(module._bins(torch.tensor(r2, dtype=torch.float64)), 0.5)
+    assert found == pytest.approx(np.median(r2), abs=1 / module.BINS)
+
+
 # tensors and their names
 
 

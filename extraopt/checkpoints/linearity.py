@@ -66,14 +66,17 @@ def _bins(r2: Tensor) -> Tensor:
 
 
 def _quantile(histogram: Tensor, q: float) -> float | None:
-    """Linear within a bin; None of nothing."""
+    """Linear within a bin, halfway across empty ones; None of nothing."""
     total = float(histogram.sum())
     if total == 0:
         return None
     below = histogram.cumsum(0)
-    i = int(torch.searchsorted(below, q * total).clamp(max=len(histogram) - 1))
-    inside = (q * total - float(below[i] - histogram[i])) / float(histogram[i])
-    return (i + min(1.0, max(0.0, inside))) / len(histogram)
+    ends = []
+    for right in (False, True):  # they differ where exactly that share lies below a gap
+        i = min(int(torch.searchsorted(below, q * total, right=right)), len(histogram) - 1)
+        inside = (q * total - float(below[i] - histogram[i])) / max(float(histogram[i]), 1e-300)
+        ends.append((i + min(1.0, max(0.0, inside))) / len(histogram))
+    return sum(ends) / 2
 
 
 def _above(histogram: Tensor) -> float | None:
