@@ -1,0 +1,214 @@
+"""Tables and pictures of a comparison, from its result file alone.
+
+python benchmarks/rlvr/report.py benchmarks/results/rlvr.json              # tables beside it: rlvr.md, and pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def name_of(row: Row) -> str:
+    """The cell a row belongs to, in words."""
+    s = row["settings"]
+    return f"{row['task']}, {row['algorithm']}, {s['rollouts']} a step, {s['tuning']}"
+
+
+def smooth(curve: list[list[float]]) -> list[tuple[float, float]]:
+    """Each evaluation averaged with the two before it: single evaluations of a noisy run jump up and down."""
+    values = [a for _, a in curve]
+    return [(step, statistics.mean(values[max(0, i - 2) : i + 1])) for i, (step, _) in enumerate(curve)]
+
+
+def final(row: Row) -> float:
+    """Accuracy at the end of the budget."""
+    return smooth(row["curve"])[-1][1]
+
+
+def area(row: Row) -> float:
+    """Mean accuracy over the budget."""
+    return statistics.mean(a for _, a in row["curve"][1:])
+
+
+def steps_to(row: Row, target: float) -> float:
+    """Real steps until the smoothed accuracy reaches `target`; infinity where it never does."""
+    return next((step for step, a in smooth(row["curve"]) if a >= target), math.inf)
+
+
+def speedup(theirs: list[Row], ours: list[Row]) -> list[float]:
+    """For each seed: their steps to their own final accuracy over our steps to it; 0 where we never reach it."""
+    by_seed = {row["seed"]: row for row in ours}
+    return [
+        max(steps_to(row, final(row)), 1) / max(steps_to(by_seed[row["seed"]], final(row)), 1)
+        for row in theirs
+        if row["seed"] in by_seed
+    ]
+
+
+def geometric_mean(values: list[float]) -> float:
+    """0 if any is 0."""
+    return math.exp(statistics.mean(map(math.log, values))) if min(values) > 0 else 0.0
+
+
+class Cell:
+    """The rows of one cell, by optimizer and learning rate."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.name, self.base = name_of(rows[0]), statistics.median(r["curve"][0][1] for r in rows)
+        self.rows: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+        for row in rows:
+            self.rows[row["optimizer"]][row["lr"]].append(row)
+
+    def median(self, optimizer: str, lr: float) -> float:
+        return statistics.median(map(final, self.rows[optimizer][lr]))
+
+    def best_lr(self, optimizer: str) -> float:
+        """The learning rate with the highest median accuracy at the end of the budget."""
+        return max(self.rows[optimizer], key=lambda lr: self.median(optimizer, lr))
+
+    def trains(self, lr: float) -> bool:
+        """Whether AdamW ends above where it began."""
+        return self.median("AdamW", lr) > self.base
+
+    def same_lr(self) -> dict[float, float]:
+        """Median speedup over AdamW at the same learning rate, from a tenth of AdamW's best to its best."""
+        best = self.best_lr("AdamW")
+        lrs = [lr for lr in self.rows["AdamW"] if best / 10.5 <= lr <= best and lr in self.rows["ExtraAdam"]]
+        return {lr: statistics.median(speedup(self.rows["AdamW"][lr], self.rows["ExtraAdam"][lr])) for lr in lrs}
+
+    def against(self, optimizer: str) -> float:
+        """Median speedup of ExtraAdam at its best learning rate over another at its best one."""
+        mine = self.rows["ExtraAdam"][self.best_lr("ExtraAdam")]
+        return statistics.median(speedup(self.rows[optimizer][self.best_lr(optimizer)], mine))
+
+    def best_peer(self) -> str:
+        """The other optimizer, AdamW left out, with the highest median accuracy at its best learning rate."""
+        peers = [o for o in self.rows if o not in ("AdamW", "ExtraAdam")]
+        return max(peers, key=lambda o: self.median(o, self.best_lr(o)))
+
+
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _number(x: float) -> str:
+    return "not reached" if x == 0 else f"{x:.2f}x"
+
+
+def summary(cells: list[Cell]) -> str:
+    """One line a cell: the figures that the bars are about."""
+    lines = []
+    for cell in cells:
+        same = cell.same_lr()
+        trained = [lr for lr in cell.rows["ExtraAdam"] if cell.trains(lr)]
+        worst = min(
+            (cell.median("ExtraAdam", lr) - cell.median("AdamW", lr)) / max(_error(cell.rows["AdamW"][lr]), 1e-9)
+            for lr in trained
+        )
+        collapsed = [r for lr in trained for r in cell.rows["ExtraAdam"][lr] if r["collapsed"]]
+        peers = [o for o in cell.rows if o not in ("AdamW", "ExtraAdam")]
+        lines.append(
+            [
+                cell.name,
+                ", ".join(f"{lr:g}: {_number(x)}" for lr, x in sorted(same.items())),
+                _number(geometric_mean(list(same.values()))),
+                _number(cell.against("AdamW")),
+                f"{_number(cell.against(cell.best_peer()))} ({cell.best_peer()})" if peers else "",
+                f"{worst:+.1f}",
+                f"{len(collapsed)}",
+            ]
+        )
+    header = [
+        "task, algorithm, rollouts, tuning", "same lr", "geometric mean", "both at their best lr", "best other peer",
+        "worst end against AdamW, in its standard errors", "collapsed",
+    ]  # fmt: skip
+    return _table(header, lines)
+
+
+def _error(rows: list[Row]) -> float:
+    values = list(map(final, rows))
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def details(cell: Cell) -> str:
+    """Every optimizer at every learning rate: end, mean, steps to fixed accuracies, collapsed runs, seconds."""
+    marks = [m for m in (0.1, 0.3, 0.5, 0.7, 0.9) if m > cell.base][:3]
+    lines = []
+    for optimizer, by_lr in cell.rows.items():
+        for lr, rows in sorted(by_lr.items()):
+            ends = sorted(map(final, rows))
+            steps = [statistics.median(steps_to(r, m) for r in rows) for m in marks]
+            lines.append(
+                [
+                    optimizer,
+                    f"{lr:g}",
+                    f"{statistics.median(ends):.3f} ({ends[0]:.3f}-{ends[-1]:.3f})",
+                    f"{statistics.median(map(area, rows)):.3f}",
+                    *("-" if math.isinf(s) else f"{s:g}" for s in steps),
+                    f"{sum(r['collapsed'] for r in rows)} of {len(rows)}",
+                    f"{statistics.median(r['seconds'] for r in rows):.0f}",
+                ]
+            )
+    header = ["optimizer", "lr", "end (range)", "mean", *(f"steps to {m:g}" for m in marks), "collapsed", "seconds"]
+    return f"### {cell.name}\n\nBefore training: {cell.base:.3f}.\n\n" + _table(header, lines)
+
+
+def picture(cell: Cell, path: Path) -> None:
+    """Curves of AdamW, ExtraAdam and the best other peer at their best learning rates, and ends by learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    shown = ["AdamW", "ExtraAdam"] + [cell.best_peer()] * (len(cell.rows) > 2)
+    for optimizer, colour in zip(shown, ("#666666", "#0072b2", "#d55e00")):
+        lr = cell.best_lr(optimizer)
+        curves = [[a for _, a in r["curve"]] for r in cell.rows[optimizer][lr]]
+        steps = [s for s, _ in cell.rows[optimizer][lr][0]["curve"]]
+        left.plot(steps, [statistics.median(a) for a in zip(*curves)], color=colour, label=f"{optimizer}, lr {lr:g}")
+        left.fill_between(
+            steps, [min(a) for a in zip(*curves)], [max(a) for a in zip(*curves)], color=colour, alpha=0.15
+        )
+        lrs = sorted(cell.rows[optimizer])
+        ends = [sorted(map(final, cell.rows[optimizer][lr])) for lr in lrs]
+        right.plot(lrs, [statistics.median(e) for e in ends], "o-", color=colour, label=optimizer)
+        right.fill_between(lrs, [e[0] for e in ends], [e[-1] for e in ends], color=colour, alpha=0.15)
+    left.set(xlabel="real steps", ylabel="accuracy", title="each at its best learning rate")
+    right.set(xscale="log", xlabel="learning rate", ylabel="accuracy at the end", title="by learning rate")
+    right.axhline(cell.base, color="#999999", linestyle=":", label="before training")
+    left.legend()
+    right.legend()
+    figure.suptitle(f"{cell.name} (median and range over seeds)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    args = parser.parse_args()
+    by_name: dict[str, list[Row]] = defaultdict(list)
+    for row in json.loads(args.results.read_text()):
+        by_name[name_of(row)].append(row)
+    cells = [Cell(rows) for rows in by_name.values()]
+    text = "\n\n".join(["# The comparison, cell by cell", summary(cells), *map(details, cells)]) + "\n"
+    args.results.with_suffix(".md").write_text(text)
+    folder = args.results.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    for i, cell in enumerate(cells):
+        picture(cell, folder / f"{i}-{cell.name.split(',')[0]}.png")
+    print(summary(cells))
+
+
+if __name__ == "__main__":
+    main()
