@@ -323,8 +323,8 @@ def _parents(before: Tensor, now: Tensor, mask: Tensor | None) -> Tensor | None:
 
 def be_quiet() -> None:
     """Keep transformers' warnings and progress bars out of a command's output."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_pair(
