@@ -77,8 +77,8 @@ def linearity(
     trust_remote_code: Trust = False,
 ) -> None:
     """How straight was this run, how straight would noise look, and how far could one have jumped?"""
-    from .checkpoints.linearity import Filter
     from .checkpoints.linearity import linearity as measure
+    from .checkpoints.paths import Filter
 
     found = [checkpoint for path in paths for checkpoint in find_checkpoints(path)]
     keep = Filter(min_move, min_values)
@@ -90,7 +90,7 @@ def linearity(
     if prompts:
         try:
             from .checkpoints.tokens import token_linearity
-            from .decoding import be_quiet
+            from .generation import be_quiet
         except ImportError as error:
             raise CheckpointError(f"--prompts needs transformers: pip install 'extraopt[hf]' ({error})") from error
 
@@ -238,12 +238,12 @@ def generate(
 ) -> None:
     """Write text with the logits that lie further along the line from an earlier checkpoint to a later one."""
     try:
-        from . import decoding as api
+        from . import generation as api
     except ImportError as error:
         raise CheckpointError(f"generate needs transformers: pip install 'extraopt[hf]' ({error})") from error
 
     api.be_quiet()
-    asked: list[api.Prompt] = [*prompt, *(api.read_prompts(prompts) if prompts else [])]
+    asked: list[Any] = [*prompt, *(api.read_prompts(prompts) if prompts else [])]
     if not asked:
         raise CheckpointError("nothing to answer: give --prompt or --prompts")
     with progress("loading"):

@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from extraopt import cli
 from extraopt.checkpoints import CheckpointError, find_checkpoints
 from extraopt.checkpoints import linearity as module
-from extraopt.checkpoints.linearity import Filter, layer_number, layer_type, linearity, measure, random_walks
+from extraopt.checkpoints import paths as of_paths
+from extraopt.checkpoints.linearity import layer_number, layer_type, linearity
+from extraopt.checkpoints.paths import Filter, measure, random_walks
 
 settings.register_profile("extraopt", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("extraopt")
@@ -68,11 +70,11 @@ def test_slope_and_r2_are_numpys(steps: list[float]):
     slope, intercept = np.polyfit(t, w, 1)
     residual = ((w - (intercept + np.outer(t, slope))) ** 2).sum(0)
     r2 = 1 - residual / ((w - w.mean(0)) ** 2).sum(0)
-    ours, found, moving, _ = module.fit(values, torch.tensor(steps, dtype=torch.float64), ALL)
+    ours, found, moving, _ = of_paths.fit(values, torch.tensor(steps, dtype=torch.float64), ALL)
     np.testing.assert_allclose(ours.numpy(), slope, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(found.numpy(), r2, rtol=1e-9, atol=1e-9)
     report = summary(values, steps)
-    assert moving.all() and report["r2_median"] == pytest.approx(np.median(r2), abs=1 / module.BINS + 2 / 500)
+    assert moving.all() and report["r2_median"] == pytest.approx(np.median(r2), abs=1 / of_paths.BINS + 2 / 500)
     assert report["r2_above"] == pytest.approx((r2 > 0.7).mean(), abs=1e-12)
     assert report["slope_rms"] == pytest.approx(np.sqrt((slope**2).mean()))
     assert report["slope_mean_abs"] == pytest.approx(np.abs(slope).mean())
@@ -83,7 +85,7 @@ def test_slope_and_r2_are_numpys(steps: list[float]):
 def test_a_straight_line_has_r2_one_its_slope_and_skill_one(dtype: torch.dtype):
     slopes = torch.tensor([2.0**-i for i in range(1, 11)], dtype=torch.float64)  # exact in float32
     report = summary((torch.tensor(UNEVEN, dtype=torch.float64)[:, None] * slopes + 1).to(dtype), UNEVEN)
-    assert report["r2_median"] > 1 - 1 / module.BINS and report["r2_above"] == 1 and report["constant"] == 0
+    assert report["r2_median"] > 1 - 1 / of_paths.BINS and report["r2_above"] == 1 and report["constant"] == 0
     assert report["slope_rms"] == pytest.approx(float(slopes.square().mean().sqrt()), rel=1e-12)
     assert report["coherence"] == pytest.approx([1] * 6)
     assert all(skill == pytest.approx(1) for row in report["skill"] for skill in row["skill"].values())
@@ -153,7 +155,7 @@ def test_the_filter_keeps_what_moved_far_over_enough_values():
         "exactly at the bound": [0, 0.1, 0.2, 0.3, 0.5],
     }
     values = torch.tensor(list(columns.values()), dtype=torch.float64).T
-    *_, kept = module.fit(values, torch.tensor(steps, dtype=torch.float64), Filter(0.5, 4))
+    *_, kept = of_paths.fit(values, torch.tensor(steps, dtype=torch.float64), Filter(0.5, 4))
     assert dict(zip(columns, kept.tolist())) == {name: name == "far, 5 values" for name in columns}
 
 
@@ -211,8 +213,8 @@ def test_r2_and_skill_know_neither_unit_nor_offset(seed: int, scale: float, offs
 
 @pytest.mark.parametrize("r2", [[0.2], [0.2, 0.9], [0.1, 0.2, 0.9, 0.95], [0.1, 0.4, 0.9], [1.0, 1.0], [0.0, 1.0]])
 def test_the_median_of_few_is_that_of_numpy(r2: list[float]):
-    found = module._quantile(module._bins(torch.tensor(r2, dtype=torch.float64)), 0.5)
-    assert found == pytest.approx(np.median(r2), abs=1 / module.BINS)
+    found = of_paths._quantile(of_paths._bins(torch.tensor(r2, dtype=torch.float64)), 0.5)
+    assert found == pytest.approx(np.median(r2), abs=1 / of_paths.BINS)
 
 
 # tensors and their names
@@ -299,9 +301,9 @@ def test_bfloat16_checkpoints_are_read_as_they_are_stored(tmp_path: Path):
     report = linearity(small_run(tmp_path, torch.bfloat16), sample=None)
     line = report["tensors"]["model.layers.0.mlp.up_proj.weight"]
     values = (1 + torch.arange(6) * 10 / 1024).bfloat16().double()
-    slope, r2, *_ = module.fit(values[:, None], torch.arange(6).double() * 10, ALL)
+    slope, r2, *_ = of_paths.fit(values[:, None], torch.arange(6).double() * 10, ALL)
     assert line["slope_rms"] == pytest.approx(float(slope.abs()) * math.sqrt(8 / 128))
-    assert line["r2_median"] == pytest.approx(float(r2), abs=1 / module.BINS)
+    assert line["r2_median"] == pytest.approx(float(r2), abs=1 / of_paths.BINS)
 
 
 def test_memory_does_not_grow_with_the_checkpoints(tmp_path: Path):

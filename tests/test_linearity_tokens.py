@@ -175,7 +175,7 @@ def test_the_base_can_be_given(tmp_path: Path):
     file = write(tmp_path / "p", ROWS[0])
     right = token_linearity(found, file, device="cpu")
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match="can't be loaded from"):
+    with pytest.raises(CheckpointError, match="can be loaded"):
         token_linearity(found, file, device="cpu")
     assert token_linearity(found, file, base=str(tmp_path / "moved"), device="cpu")["tokens"] == right["tokens"]
 
@@ -190,7 +190,7 @@ def test_the_base_can_be_given(tmp_path: Path):
         ({"prompt": "w1", "response": ""}, "line 2: the response is empty"),
         ({"messages": [{"role": "user", "content": "w1"}]}, "two at least"),
         ({"messages": [{"role": "user", "content": "w1"}, {"role": "assistant"}]}, "no text"),
-        ({"prompt": "w1 " * 3000, "response": "w1"}, "takes 2048 tokens"),
+        ({"prompt": "w1 " * 3000, "response": "w1"}, "takes 2048"),
     ],
 )
 def test_bad_prompts_are_named_with_their_line(llama_run: Any, tmp_path: Path, row: Any, says: str):

@@ -13,7 +13,7 @@ matplotlib = pytest.importorskip("matplotlib", reason="needs matplotlib")
 from matplotlib.figure import Figure  # noqa: E402
 
 from extraopt import plots  # noqa: E402
-from extraopt.checkpoints.linearity import Filter, measure  # noqa: E402
+from extraopt.checkpoints.paths import Filter, measure  # noqa: E402
 
 STEPS = [0, 10, 20, 30, 40, 50, 60]
 HEADS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}

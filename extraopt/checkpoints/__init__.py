@@ -4,7 +4,8 @@ Nothing here is imported by `import extraopt`.
 """
 
 from .extrapolate import Extrapolation, LoraError, Sweep, coefficients, extrapolate, sweep
-from .read import Checkpoint, CheckpointError, check_same_family, find_checkpoints, open_checkpoint
+from .find import find_checkpoints
+from .read import Checkpoint, CheckpointError, check_same_family, open_checkpoint
 
 __all__ = [
     "Checkpoint",

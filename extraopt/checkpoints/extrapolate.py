@@ -16,24 +16,21 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .read import DTYPES, Checkpoint, CheckpointError, check_same_family, numbered, open_checkpoint
+from .find import numbered
+from .read import Checkpoint, CheckpointError, check_same_family, open_checkpoint
+from .write import fsync, new_folder, write_all, write_header, write_text
 
-BLOCK = (
-    1 << 15
-)  # elements: stays in a core's cache, and torch starts no threads for it, which would cost more than they do
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BLOCK = 1 << 15  # elements: stays in a core's cache, and torch starts no threads, which would cost more than they do
 FACTORS = ((".lora_A", ".lora_B"), (".lora_embedding_A", ".lora_embedding_B"))
 
 Progress = Callable[[float, float], None]
@@ -122,50 +119,6 @@ def coefficients(
     spread = sum((point - mean) ** 2 for point in points)
     of_points = [1 / len(points) + (to - mean) * (point - mean) / spread for point in points]
     return [weight / average for weight in of_points for _ in range(average)]
-
-
-@contextmanager
-def new_folder(out: Path, inputs: Sequence[Path]) -> Iterator[Path]:
-    """A folder beside `out` to fill, which becomes `out` at the end or goes away: `out` is whole or not there at all.
-
-    Raises:
-        CheckpointError: `out` is not empty, lies within an input, or can't be written.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is there and not empty. Give a new folder.")
-    for folder in inputs:
-        if out.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{out} lies within the input {folder}, which stays as it is. Give another folder.")
-    beside: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent))
-        yield beside
-        beside.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner only
-        for folder in (beside, *(path for path in beside.rglob("*") if path.is_dir())):
-            _fsync(folder)
-        os.rename(beside, out)  # over an empty folder too; fails if someone filled it meanwhile
-        _fsync(out.parent)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise CheckpointError(f"{out} can not be written: {reason}. Nothing was left there.") from error
-    finally:
-        if beside is not None:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _Sum:
@@ -285,13 +238,13 @@ class _Sum:
         for shard, names in shards.items():
             file = folder / shard.replace("pytorch_model", "model").replace(".bin", ".safetensors")
             with open(file, "wb", buffering=0) as stream:
-                _write_header(stream, self.last, names, self.last.metadata.get(shard, {}))
+                write_header(stream, self.last, names, self.last.metadata.get(shard, {}))
                 for name in names:
                     for piece in self.pieces(name):
                         memory = bytearray(piece.numel() * piece.element_size())
                         if memory:
                             torch.frombuffer(memory, dtype=piece.dtype).copy_(piece)
-                        _write_all(stream, memory)
+                        write_all(stream, memory)
                         done += len(memory)
                         if self.progress:
                             self.progress(done, self.report.bytes)
@@ -299,12 +252,12 @@ class _Sum:
                 os.fsync(stream.fileno())
         if len(shards) > 1 or (self.last.path / "model.safetensors.index.json").exists():
             index = {"metadata": {"total_size": done}, "weight_map": dict(sorted(self.stored.items()))}
-            _write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+            write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         for file in self.last.files:
             copy = folder / file.relative_to(self.last.path)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
-            _fsync(copy)
+            fsync(copy)
         self.report.bytes = done
 
     def doubled(self, name: str) -> bool:
@@ -344,31 +297,6 @@ def _finite(block: Tensor) -> bool:
     # one pass; the sum of finite numbers may overflow, and then they are looked at one by one
     total = block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
     return math.isfinite(total.item()) or bool(block.isfinite().all())
-
-
-def _write_all(stream: BinaryIO, memory: bytes | bytearray) -> None:
-    view = memoryview(memory)
-    while view:  # a raw write may take a part only
-        view = view[stream.write(view) :]
-
-
-def _write_header(stream: BinaryIO, layout: Checkpoint, names: list[str], metadata: dict[str, str]) -> None:
-    """What a safetensors file begins with: https://huggingface.co/docs/safetensors/index#format."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    offset = 0
-    for name in names:
-        info = layout.infos[name]
-        where = [offset, offset + info.nbytes]
-        header[name] = {"dtype": NAMES[info.dtype], "shape": info.shape, "data_offsets": where}
-        offset += info.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    _write_all(stream, len(text).to_bytes(8, "little") + text)
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-    _fsync(file)
 
 
 def extrapolate(
@@ -524,5 +452,5 @@ def sweep(
         rows.append({"alpha": alpha, "dir": str(folder), "score": float(evaluate(folder)) if evaluate else None})
     best = max(rows, key=lambda row: row["score"]) if evaluate else None
     result = Sweep(rows, best)
-    _write_text(out / "sweep.json", json.dumps(result.as_dict(), indent=1) + "\n")
+    write_text(out / "sweep.json", json.dumps(result.as_dict(), indent=1) + "\n")
     return result

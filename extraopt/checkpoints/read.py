@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ DTYPES = {
 }  # fmt: skip
 FULL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-INSIDE = (".", "actor/huggingface", "huggingface", "actor")  # of global_step_*: where verl puts Hugging Face folders
 # Files beside the weights that belong to the model. What a trainer leaves there (optimizer.pt, rng_state.pth,
 # trainer_state.json, training_args.bin, ...) belongs to a run, and is untrue of any other weights.
 BESIDE = {".json", ".jsonl", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".spm", ".bpe", ".vocab"}
@@ -398,74 +396,6 @@ def open_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> Che
             )
         raise CheckpointError(f"{path} holds no weights: none of {', '.join(ADAPTER + FULL)}.")
     return Checkpoint(path, weights, trust_remote_code)
-
-
-def find_checkpoints(path: str | Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a run, or a single one.
-
-    Args:
-        path: A folder of checkpoints named by their steps (`checkpoint-100`, `global_step_100`, `100`, ...), or the
-            folder of one checkpoint. A Trainer's output folder, which is both, counts as a run.
-
-    Returns:
-        (step, folder), by step. The step of a single checkpoint without a number at the end of its name is 0.
-
-    Raises:
-        CheckpointError: There is no checkpoint, or there are those of several runs.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder. Give the folder of a checkpoint or of a run.")
-    runs: dict[str, list[tuple[int, Path]]] = {}
-    for folder in path.iterdir():
-        prefix, step = split_step(folder)
-        inside = next((folder / name for name in INSIDE if weights_in(folder / name)), None)
-        if step is not None and inside:
-            runs.setdefault(prefix, []).append((step, inside))
-    if len(runs) > 1:
-        names = ", ".join(f"{prefix}*" for prefix in sorted(runs))
-        raise CheckpointError(f"{path} holds several runs ({names}). Give the folders one by one.")
-    if runs:
-        (found,) = runs.values()
-        return sorted(found)
-    return [(split_step(path)[1] or 0, single(path))]
-
-
-def single(path: Path) -> Path:
-    """The folder of the one checkpoint at `path`, which may lie a little deeper.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    inside = next((path / name for name in INSIDE if weights_in(path / name)), path)
-    if weights_in(inside) is None:
-        open_checkpoint(inside)  # raises with what is wrong
-    return inside
-
-
-def split_step(folder: Path) -> tuple[str, int | None]:
-    """`runs/x/checkpoint-100` is ("checkpoint-", 100); a number that is part of a word, as in `Qwen3`, is no step."""
-    match = re.fullmatch(r"(|.*[-_])(\d+)", folder.resolve().name)
-    return (match[1], int(match[2])) if match else (folder.name, None)
-
-
-def numbered(checkpoints: Sequence[str | Path]) -> list[tuple[int | None, Path]]:
-    """Checkpoints with their steps, where they are those of one run: a single folder of a run, or some of its folders.
-
-    Args:
-        checkpoints: Folders. Several are taken as they are, a single one stands for all checkpoints in it.
-
-    Returns:
-        (step, folder) in the order given; the steps are None where the names don't number checkpoints of one run.
-
-    Raises:
-        CheckpointError: One of them is no checkpoint.
-    """
-    if len(checkpoints) == 1:
-        return [*find_checkpoints(checkpoints[0])]
-    paths = [Path(path) for path in checkpoints]
-    runs = {(path.resolve().parent, split_step(path)[0]) for path in paths}
-    return [(split_step(path)[1] if len(runs) == 1 else None, single(path)) for path in paths]
 
 
 def some(names: Sequence[str]) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linearity import Filter, fit, measure
+from .models import check_tokens, encode_prompt, load_model, load_tokenizer
+from .paths import Filter, fit, measure
 from .read import CheckpointError
 
 MOVED = Filter(min_move=0.2, min_values=0)  # the paper's: tokens whose log-probability moved by more than this, in nats
@@ -72,16 +73,7 @@ def _example(row: Any, tokenizer: Any) -> Example:
         response = response.get("content")
     if not isinstance(response, str):
         raise ValueError("the response has no text")
-    if isinstance(prompt, list):
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("has messages, but the checkpoints' tokenizer has no chat template")
-        try:
-            prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template can raise anything
-            raise ValueError(f"the chat template refuses it ({str(error).splitlines()[0]})") from None
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
+    ids = encode_prompt(tokenizer, prompt)
     if not ids:  # nothing before the first token of the response to predict it from
         ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     answer = tokenizer(response, add_special_tokens=False)["input_ids"]
@@ -120,52 +112,6 @@ def log_probs(model: Any, examples: Sequence[Example], *, batch_size: int = 8) -
     return torch.cat([found[i] for i in range(len(examples))])
 
 
-def _adapter_base(folder: Path) -> str | None:
-    """What an adapter's config names as its base; None for a whole model."""
-    config = folder / "adapter_config.json"
-    if not config.is_file():
-        return None
-    try:
-        return str(json.loads(config.read_text())["base_model_name_or_path"] or "")
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{config}: can't be read ({error})") from None
-
-
-def _load(folder: Path, base: str | None, device: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    named = _adapter_base(folder)
-    source = str(folder) if named is None else base or named
-    if not source:
-        raise CheckpointError(f"{folder}: the adapter names no base model; give it with --base")
-    model: Any
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=trust_remote_code, low_cpu_mem_usage=True
-        )
-        if named is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        what = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}: the model can't be loaded from {source} ({what[:300]})") from None
-    model.to(device)
-    return model.eval()
-
-
-def _tokenizer(folder: Path, base: str | None, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    tried = [str(folder), *filter(None, [base or _adapter_base(folder)])]
-    for source in tried:
-        try:
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    raise CheckpointError(f"no tokenizer in {' nor in '.join(tried)}: save it with the checkpoints")
-
-
 def token_linearity(
     checkpoints: Sequence[tuple[int, Path]],
     prompts: Path,
@@ -198,13 +144,17 @@ def token_linearity(
     if len(checkpoints) < 3:
         raise CheckpointError(f"{len(checkpoints)} checkpoints given: a path takes three at least")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = _tokenizer(checkpoints[-1][1], base, trust_remote_code)
+    last = str(checkpoints[-1][1])
+    tokenizer = load_tokenizer(last, base, trust_remote_code)
+    if tokenizer is None:
+        raise CheckpointError(f"no tokenizer in {last}, nor under it: save it with the checkpoints")
     examples = read_prompts(prompts, tokenizer)
+    rows = [example.prompt + example.response for example in examples]
     steps, scored = [float(step) for step, _ in checkpoints], []
     for done, (_, folder) in enumerate(checkpoints):
         progress(done, len(checkpoints))
-        model = _load(folder, base, device, trust_remote_code)
-        _check_fit(model, examples, folder)
+        model = load_model(str(folder), base, torch.float32, device, trust_remote_code)
+        check_tokens(model, rows, max(map(len, rows)))
         scored.append(log_probs(model, examples, batch_size=batch_size))
         del model
         if not scored[-1].isfinite().all():
@@ -224,17 +174,6 @@ def token_linearity(
         "tokens": _tokens(tokenizer, examples, values, change, r2),
         "histogram": paths.histogram(),
     }
-
-
-def _check_fit(model: Any, examples: Sequence[Example], folder: Path) -> None:
-    longest = max(len(example.prompt) + len(example.response) for example in examples)
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room and longest > room:
-        raise CheckpointError(f"{folder}: takes {room} tokens, but the longest prompt with its response has {longest}")
-    highest = max(max(example.prompt + example.response) for example in examples)
-    size = model.get_input_embeddings().weight.shape[0]
-    if highest >= size:
-        raise CheckpointError(f"{folder}: the tokenizer gives token {highest}, but the model knows {size}")
 
 
 def _words(tokenizer: Any, ids: Sequence[int], change: Tensor, r2: Tensor, kept: Tensor) -> list[dict[str, Any]]:

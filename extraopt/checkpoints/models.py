@@ -1,0 +1,105 @@
+"""Load the models, adapters and tokenizers that checkpoints hold, by transformers and PEFT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .read import CheckpointError
+
+Prompt = str | list[dict[str, str]]  # a text, or messages with role and content
+
+
+def base_of(source: str, base: str | None) -> str | None:
+    """The model under an adapter: `base`, or the one that its config names; None for a whole model.
+
+    Raises:
+        CheckpointError: The adapter's config can't be read or names none.
+    """
+    config = Path(source) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    try:
+        named = base or json.loads(config.read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config}: can't be read ({error})") from error
+    if not named:
+        raise CheckpointError(f"{source}: the adapter names no base model; give it with --base")
+    return str(named)
+
+
+def load_model(source: str, base: str | None, dtype: str | torch.dtype, device: str, trust_remote_code: bool) -> Any:
+    """A causal language model in eval mode, with its adapter if `source` is one.
+
+    Args:
+        source: Folder or hub id of a model, or folder of an adapter.
+        base: Model under the adapter, instead of the one that its config names.
+        dtype: Of the weights; "auto" as they are stored.
+        device: Where to.
+        trust_remote_code: Run code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: It can't be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    under = base_of(source, base)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            under or source, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        if under is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, source)
+        return model.to(device).eval()
+    except Exception as error:  # whatever a damaged folder makes the libraries under this raise
+        of = f" on {under}" if under else ""
+        raise CheckpointError(f"{source}{of}: no causal language model can be loaded ({str(error)[:300]})") from error
+
+
+def load_tokenizer(source: str, base: str | None, trust_remote_code: bool) -> Any | None:
+    """The tokenizer of a checkpoint, or else of the model under it; None if neither has one."""
+    from transformers import AutoTokenizer
+
+    for folder in filter(None, (source, base_of(source, base))):
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception:  # none there; an adapter's may lie with the model under it
+            continue
+    return None
+
+
+def check_tokens(model: Any, rows: Iterable[list[int]], longest: int) -> None:
+    """Refuse prompts that are too long for a model, or hold tokens that it does not know.
+
+    Raises:
+        CheckpointError: They do.
+    """
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room and longest > room:
+        raise CheckpointError(f"the longest prompt and its response make {longest} tokens; the model takes {room}")
+    highest, size = max(map(max, rows)), model.get_input_embeddings().weight.shape[0]
+    if highest >= size:
+        raise CheckpointError(f"the tokenizer gives token {highest}, but the model knows {size}")
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The tokens of a text, as the tokenizer begins one, or of messages, through its chat template.
+
+    Raises:
+        CheckpointError: There is no chat template, or it refuses the messages.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise CheckpointError("the tokenizer has no chat template: give texts, not messages")
+    try:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template can raise anything
+        raise CheckpointError(f"the chat template refuses a prompt: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
