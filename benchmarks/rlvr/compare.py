@@ -10,6 +10,7 @@ runs are kept in FILE.partial as they end, so that a comparison that was cut off
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import tempfile
@@ -26,6 +27,7 @@ from rich.progress import Progress
 
 SEEDS = (0, 1, 2, 3, 4)
 EVALUATE_EVERY = 10
+LAB = hashlib.sha256(Path(lab.__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:16]
 COLLAPSED = 0.5  # a run has collapsed if it ends below this fraction of the accuracy before training
 
 OURS = ("AdamW", "ExtraAdam")
@@ -77,7 +79,7 @@ def weak_policy(task_name: str, seed: int) -> tuple[lab.Task, lab.Policy]:
     """The task and its policy before training; pre-training is done once for each task and seed."""
     task = lab.TASKS[task_name](seed)
     same = "addition" if task_name == "supervised" else task_name
-    kept = Path(tempfile.gettempdir()) / f"extraopt-rlvr-{os.getuid()}" / f"{same}-{seed}-{torch.__version__}.pt"
+    kept = Path(tempfile.gettempdir()) / f"extraopt-rlvr-{os.getuid()}" / f"{same}-{seed}-{LAB}.pt"
     if kept.exists():
         policy = lab.Policy(task.prompts.shape[1] + task.answers.shape[1])
         policy.load_state_dict(torch.load(kept, weights_only=True))

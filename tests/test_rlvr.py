@@ -1,0 +1,123 @@
+"""The laboratory of benchmarks/rlvr measures what it says it measures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "rlvr"
+
+
+@pytest.fixture(scope="module")
+def rlvr() -> Iterator[SimpleNamespace]:
+    pytest.importorskip("schedulefree", reason="needs schedulefree: pip install 'extraopt[bench]'")
+    pytest.importorskip("pytorch_optimizer", reason="needs pytorch-optimizer: pip install 'extraopt[bench]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        import compare
+        import lab
+        import optimizers
+        import report
+
+        yield SimpleNamespace(compare=compare, lab=lab, optimizers=optimizers, report=report)
+
+
+@pytest.fixture(scope="module")
+def small(rlvr: SimpleNamespace) -> tuple[object, object]:
+    """Copying a digit, and a policy that has half learnt it."""
+    digits = torch.arange(2, 12).repeat(30)
+    answers = torch.nn.functional.pad(torch.stack([digits, torch.full_like(digits, rlvr.lab.END)], 1), (0, 2))
+    task = rlvr.lab.Task(torch.stack([digits, torch.full_like(digits, 12)], 1), answers, 100, 0.5)
+    return task, rlvr.lab.pretrain(task, 0, steps=60)
+
+
+def test_exact_accuracy_is_the_frequency_of_right_samples(rlvr: SimpleNamespace, small) -> None:
+    task, policy = small
+    exact = policy.accuracy(task)
+    assert 0.2 < exact < 0.8
+    right = task.answers[-100:]
+    sampled, _, _ = policy.sample(task.prompts[-100:], 200, 4, torch.Generator().manual_seed(0))
+    frequency = float((sampled == right[:, None]).all(2).float().mean())
+    assert frequency == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 20_000))
+
+
+def test_log_probabilities_of_samples_are_those_of_teacher_forcing(rlvr: SimpleNamespace, small) -> None:
+    task, policy = small
+    answers, logp, counts = policy.sample(task.prompts[:20], 8, 4, torch.Generator().manual_seed(1))
+    forced, forced_counts = policy.log_probs(task.prompts[:20], answers)
+    assert torch.equal(counts, forced_counts) and not counts.all()
+    assert torch.allclose(logp[counts], forced[counts], atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["GRPO", "GSPO"])
+def test_prompts_without_an_advantage_are_left_out_without_a_change_of_gradient(
+    rlvr: SimpleNamespace, small, algorithm: str
+) -> None:
+    task, policy = small
+    chosen = rlvr.lab.ALGORITHMS[algorithm]
+    rollouts = rlvr.lab.generate(policy, task, chosen, 128, torch.Generator().manual_seed(2))
+    rollouts.advantages[1::3] = 0  # as where all answers are right, or all wrong
+    (part,) = rollouts.split(1)
+    assert len(part.prompts) < len(rollouts.prompts)
+    whole = torch.autograd.grad(chosen.loss(policy, rollouts), list(policy.parameters()))
+    fewer = torch.autograd.grad(chosen.loss(policy, part), list(policy.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, fewer))
+
+
+def test_every_optimizer_of_the_grid_trains_and_shows_its_weights(rlvr: SimpleNamespace, small) -> None:
+    task, policy = small
+    for name in (*rlvr.compare.OURS, *rlvr.compare.PEERS, *rlvr.compare.LONG):
+        model = rlvr.lab.Policy(policy.positions.num_embeddings)
+        model.load_state_dict(policy.state_dict())
+        trained = rlvr.optimizers.build(name, model, 1e-3)
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(21):  # one jump of the shortest cycle of RL-Extra, two of the others
+            (loss,) = rlvr.lab.losses(model, task, "cross-entropy", 64, generator)
+            trained.optimizer.zero_grad()
+            loss().backward()
+            trained.step()
+        with trained.kept() as kept:
+            assert 0 < kept.accuracy(task) != policy.accuracy(task), name
+        steps = {int(s["step"]) for s in trained.optimizer.state.values() if "step" in s}
+        if name == "RL-Extra (20,100) reset":
+            assert steps == {1}
+
+
+def test_the_grid_is_run_once_each_and_learning_rates_reach_past_the_best(rlvr: SimpleNamespace) -> None:
+    runs = rlvr.compare.runs(rlvr.compare.CELLS, rlvr.compare.SEEDS)
+    assert len({rlvr.compare._key(*run) for run in runs}) == len(runs)
+    assert len(rlvr.compare.SEEDS) >= 5
+    assert {"GRPO", "REINFORCE++", "GSPO"} <= {cell.algorithm for cell in rlvr.compare.CELLS}
+    assert {"full", "LoRA"} == {cell.tuning for cell in rlvr.compare.CELLS}
+
+
+def test_lora_trains_adapters_only(rlvr: SimpleNamespace) -> None:
+    model = rlvr.lab.Policy(6)
+    rlvr.lab.add_lora(model, 0)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 16 and all("lora_" in n for n in trainable)
+
+
+def _rows(report: ModuleType, name: str, lr: float, ends: list[float]) -> list[dict]:
+    settings = {"rollouts": 512, "tuning": "full", "steps": 40}
+    curves = [[[s, 0.2 + (end - 0.2) * s / 40] for s in range(0, 41, 10)] for end in ends]
+    about = {"task": "addition", "algorithm": "GRPO", "settings": settings, "optimizer": name, "lr": lr}
+    return [about | {"seed": i, "curve": c, "collapsed": False, "seconds": 1.0} for i, c in enumerate(curves)]
+
+
+def test_speed_is_steps_to_the_same_accuracy(rlvr: SimpleNamespace) -> None:
+    report = rlvr.report
+    slow, fast = _rows(report, "AdamW", 1e-4, [0.6, 0.6]), _rows(report, "ExtraAdam", 1e-4, [1.0, 0.5])
+    # the end of 0.6 is 0.5 over three evaluations; 1.0 is there (0.6 over three) after 30 steps, 0.5 never
+    assert report.final(slow[0]) == pytest.approx(0.5)
+    assert report.speedup(slow, fast) == [pytest.approx(40 / 30), 0.0]
+    cell = report.Cell(slow + fast)
+    assert cell.best_lr("AdamW") == 1e-4 and list(cell.same_lr()) == [1e-4]
+    assert "| addition, GRPO, 512 a step, full |" in report.summary([cell])
+    assert dataclasses.is_dataclass(rlvr.compare.Cell)
