@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-ALPHA = 2.0
+ALPHA = 1.6180339887  # multiplying by it is never exact and never ends halfway between two numbers
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ROUNDS = 3
 
@@ -69,17 +70,27 @@ def versions(python: Path, *names: str) -> dict[str, str]:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Seconds on the clock and of the processor, and the process's largest resident memory in MB."""
+    """Seconds on the clock and of the processor, and the process's largest resident memory in MB.
+
+    Memory is what the kernel says of the process while it runs: `ru_maxrss` of a child counts its parent's size too.
+    """
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if status:
-        raise SystemExit(f"{command[0]} failed: {said[-2000:]}")
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024}
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, text=True)
+        peak = 0
+        while True:
+            done, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if done:
+                break
+            found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+            peak = max(peak, int(found[1]) if found else 0)
+            time.sleep(0.01)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if status:
+            said.seek(0)
+            raise SystemExit(f"{command[0]} failed: {said.read()[-2000:]}")
+    return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mb": peak / 1024}
 
 
 def error(a: Path, b: Path, out: Path) -> dict[str, float]:
@@ -90,9 +101,13 @@ def error(a: Path, b: Path, out: Path) -> dict[str, float]:
         with safe_open(out / "model.safetensors", "pt") as new:
             for name in last.keys():
                 stored = new.get_tensor(name)
-                exact = (1 + ALPHA) * last.get_tensor(name).double() - ALPHA * first.get_tensor(name).double()
+                later = last.get_tensor(name).double()
+                exact = later + ALPHA * (later - first.get_tensor(name).double())
                 information = torch.finfo(stored.dtype)
-                exponent = torch.frexp(exact.abs().clamp(min=information.smallest_normal))[1] - 1
+                # in units of the last place of the result or the weight, whichever is larger: near 0 a sum of two
+                # numbers has no places left that anybody could get right
+                larger = torch.maximum(exact.abs(), later.abs()).clamp(min=information.smallest_normal)
+                exponent = torch.frexp(larger)[1] - 1
                 missed = (stored.double() - exact).abs()
                 absolute = max(absolute, missed.max().item())
                 units = max(
