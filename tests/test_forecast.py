@@ -11,7 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extraopt.checkpoints.forecast import METHODS, advise, chance, coherence, distances, forecast, reach, thin
+from extraopt.checkpoints.forecast import (
+    METHODS,
+    advise,
+    chance,
+    coherence,
+    distances,
+    forecast,
+    momentum_coherence,
+    reach,
+    thin,
+)
 
 settings.register_profile("extraopt", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("extraopt")
@@ -198,3 +208,16 @@ def test_a_gated_jump_is_bounded_and_skill_never_exceeds_one(weights: np.ndarray
         for method in METHODS:
             assert row.worst[method] <= row.skill[method] + 1e-12 <= 1 + 1e-9
             assert 0 <= row.worth[method] <= row.steps + 1e-9
+
+
+@pytest.mark.parametrize("gap", [1, 4, 10, 50])
+def test_momentum_alone_is_as_coherent_as_simulated_noise(gap: int):
+    noise = torch.randn(200 + 20 * gap, 4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    step, steps = torch.zeros(4000, dtype=torch.float64), []
+    for gradient in noise:
+        step = 0.9 * step + 0.1 * gradient
+        steps.append(step)
+    drifts = torch.stack(steps[200:]).view(20, gap, -1).sum(1)
+    simulated = coherence(drifts @ drifts.T)
+    assert momentum_coherence(gap) == pytest.approx(sum(simulated) / len(simulated), abs=0.01)
+    assert momentum_coherence(gap, 0.0) == 0

@@ -60,6 +60,22 @@ def coherence(gram: Tensor) -> list[float]:
     return [float(c) for c in cosines.clamp(-1, 1)]
 
 
+def momentum_coherence(gap: float, beta: float = 0.9) -> float:
+    """cos of consecutive drifts of `gap` steps each in a run without a direction, from the optimizer's momentum alone.
+
+    Gradients are taken for white noise and Adam's denominator for constant, so that a step is an exponential average of
+    noise with decay `beta` and a drift is a sum of `gap` of them: their covariances are geometric sums. Restoring
+    forces make real noise less coherent than this, so that it errs on the careful side.
+
+    Args:
+        gap: optimizer steps between checkpoints.
+        beta: AdamW's beta1, in [0, 1).
+    """
+    geometric = (1 - beta**gap) / (1 - beta)
+    variance = gap * (1 + beta) / (1 - beta) - 2 * beta * geometric / (1 - beta)
+    return beta * geometric**2 / variance
+
+
 def chance(cosines: Sequence[float]) -> float:
     """How often a path with no direction is as coherent on average: a sign-flip test, in (0, 1].
 
