@@ -105,7 +105,7 @@ def skill(report: dict[str, Any], path: Path) -> None:
     left.set_ylim(max(LOWEST, min([-0.1, *cut])) - 0.06, 1.06)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     if cut and min(cut) < LOWEST:
-        left.text(0.99, 0.01, f"cut off at {LOWEST:g}; lowest {min(cut):.1f}", transform=left.transAxes, ha="right",
+        left.text(0.99, 0.06, f"cut off at {LOWEST:g}; lowest {min(cut):.1f}", transform=left.transAxes, ha="right",
                   va="bottom", fontsize=8, color=GREY)  # fmt: skip
     if cut:
         left.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
