@@ -73,7 +73,7 @@ def momentum_coherence(gap: float, beta: float = 0.9) -> float:
     """
     geometric = (1 - beta**gap) / (1 - beta)
     variance = gap * (1 + beta) / (1 - beta) - 2 * beta * geometric / (1 - beta)
-    return beta * geometric**2 / variance
+    return float(beta * geometric**2 / variance)
 
 
 def chance(cosines: Sequence[float]) -> float:
