@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -14,47 +13,12 @@ from torch.optim import AdamW
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
-from .cycle import Countdown, JumpReport, Lane, averaging, end_cycle, keeps_drift, new_anchor, new_drift, read_counters
-
-_KNOBS = {"extra_every": 10, "extra_steps": 50, "extra_beta": None, "extra_gate": 0.4, "extra_start": 0}
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    try:
-        if not isinstance(value, bool) and operator.index(value) >= least:
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise ValueError(f"Invalid {name}: {value!r}. It must be an integer >= {least}.")
+from .cycle import Countdown, JumpReport, new_anchor, new_drift, read_counters
+from .cycles import Cycles, group_keeps_drift, stands
+from .knobs import KNOBS, check_knobs
 
 
-def _fraction(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> float | None:
-    if value is None:
-        return None
-    try:
-        if not isinstance(value, (bool, str)) and fits(float(value)):
-            return float(value)
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(f"Invalid {name}: {value!r}. It must be None or a number in {allowed}.")
-
-
-def _check_knobs(knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs as plain int, float or None, which `torch.load(weights_only=True)` reads back."""
-    return {
-        "extra_every": _count("extra_every", knobs["extra_every"], 1),
-        "extra_steps": _count("extra_steps", knobs["extra_steps"], 0),
-        "extra_beta": _fraction("extra_beta", knobs["extra_beta"], "[0, 1)", lambda b: 0 <= b < 1),
-        "extra_gate": _fraction("extra_gate", knobs["extra_gate"], "(0, 1]", lambda g: 0 < g <= 1),
-        "extra_start": _count("extra_start", knobs["extra_start"], 0),
-    }
-
-
-def _keeps_drift(group: Mapping[str, Any]) -> bool:
-    return keeps_drift(group["extra_every"], group["extra_steps"], group["extra_beta"], group["extra_gate"])
-
-
-class ExtraAdam(AdamW):
+class ExtraAdam(AdamW, Cycles):
     r"""AdamW that jumps ahead along the straight part of its own path.
 
     .. math::
@@ -70,12 +34,13 @@ class ExtraAdam(AdamW):
             &\hspace{5mm}\theta_t \leftarrow \text{AdamW}(\theta_{t-1})                          \\
             &\hspace{5mm}\textbf{if} \: t \bmod k = 0                                            \\
             &\hspace{10mm}D \leftarrow \theta_t - A                                              \\
-            &\hspace{10mm}g \leftarrow \mathrm{clip}(\cos(D, V) / \gamma, \, 0, \, 1)
-                \text{ to the nearest } 1/256; \;
-                0 \text{ if } D = 0 \text{ or } V = 0; \; 1 \text{ if } \gamma = \text{None}     \\
-            &\hspace{10mm}V \leftarrow b V + (1 - b) D                                           \\
-            &\hspace{10mm}\textbf{if} \: t \geq s: \;
-                \theta_t \leftarrow \theta_t + g \, (N / k) \, V                                 \\
+            &\hspace{10mm}g \leftarrow \mathrm{clip} \Big(
+                \frac{\cos(D, V) - c}{\gamma \, (1 - c)}, \, 0, \, 1 \Big)
+                \text{ to the nearest } 1/256; \; 1 \text{ if } \gamma = \text{None}              \\
+            &\hspace{10mm}V' \leftarrow b V + (1 - b) D                                          \\
+            &\hspace{10mm}\textbf{if} \: t \geq s, \: D \neq 0, \: V \neq 0: \;
+                \theta_t \leftarrow \theta_t + g \, (N / k) \, V' - (1 - g) \, D / 2             \\
+            &\hspace{10mm}V \leftarrow V'                                                       \\
             &\hspace{10mm}A \leftarrow \theta_t                                                  \\
             &\rule{110mm}{0.4pt}                                                          \\[-1.ex]
             &\bf{return} \:  \theta_t                                                     \\[-1.ex]
@@ -83,15 +48,20 @@ class ExtraAdam(AdamW):
        \end{aligned}
 
     :math:`t` counts *applied* steps of each parameter (its ``state["step"]``): a step that a gradient scaler skips does
-    not count. The cosine is taken over all gated parameters whose cycle ends in this step, as one long vector; a tensor
-    that did not move in this cycle, or has no estimate yet, does not jump. So with a gate nothing jumps in the first
+    not count. Each tensor has a gate of its own. It begins to open where the drift agrees with the estimate more than
+    it would if gradients were pure noise: momentum alone makes drifts agree by :math:`c`, which follows from :math:`k`,
+    :math:`b`, :math:`\beta_1` and the number of drifts in the estimate (:func:`~extraopt.gate.momentum_coherence`;
+    at the defaults 0.52 for one drift, falling to 0.16). As far as the gate is shut the tensor retreats, by half of its
+    drift at most: the mean of anchor and weights, as in Lookahead, holds less noise than the weights. A gated tensor
+    that did not move in this cycle, or has no estimate yet, stays where AdamW put it; so nothing jumps in the first
     cycle. Moments are kept over a jump.
 
     ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None`` is the rule of RL-Extra in `Linear Dynamics in
     the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and an outer SGD step
     (DiLoCo, SNOO) with learning rate :math:`1 + N/k` and no momentum. With :math:`b > 0` and an open gate the rule is
     an outer momentum step of the same family: the drift of :math:`j` cycles ago moves the weights by
-    :math:`(N/k)(1-b)b^j`, on top of the newest drift itself.
+    :math:`(N/k)(1-b)b^j`, on top of the newest drift itself. With a shut gate it is Lookahead with
+    :math:`\alpha = 1/2`.
 
     Args:
         params (iterable): parameters, named parameters or dicts of parameter groups, as for
@@ -111,17 +81,17 @@ class ExtraAdam(AdamW):
         extra_every (int, optional): :math:`k`, applied steps in a cycle, >= 1 (default: 10). After changing it during
             training call :meth:`reset_anchor`.
         extra_steps (int, optional): :math:`N`, steps to jump at the end of a cycle, >= 0; 0 is AdamW, bit for bit, with
-            no extra state (default: 50)
+            no extra state (default: 200)
         extra_beta (float, optional): :math:`b`, averaging of the drift over cycles, in [0, 1); None is
-            :math:`\max(0, 1 - k / 2N)`, 0.9 at the defaults (default: None)
-        extra_gate (float, optional): :math:`\gamma`, the coherence at which the gate is fully open, in (0, 1]; None
-            keeps it open (default: 0.4)
-        extra_start (int, optional): applied steps before the first jump is allowed, >= 0 (default: 0)
+            :math:`\max(0, 1 - k / N)`, 0.95 at the defaults (default: None)
+        extra_gate (float, optional): :math:`\gamma`, the part of the way from momentum's coherence to 1 at which a gate
+            is fully open, in (0, 1]; None keeps all gates open (default: 0.5)
+        extra_start (int, optional): applied steps before the first jump or retreat is allowed, >= 0 (default: 0)
 
     Shapes:
         ``state[p]`` holds AdamW's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights before the
         cycle), ``extra_drift`` (:math:`V`; absent for ``extra_beta=0, extra_gate=None``), both of the shape, dtype,
-        device and layout of ``p``, and ``extra_origin`` (int, the applied step from which cycles are counted).
+        device and layout of ``p``, and ``extra_origin`` (int, the applied step from which its cycles are counted).
 
     Loading:
         ``load_state_dict`` takes the state of an ExtraAdam or of an AdamW. Knobs come from the state, as all options of
@@ -172,18 +142,18 @@ class ExtraAdam(AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         extra_every: int = 10,
-        extra_steps: int = 50,
+        extra_steps: int = 200,
         extra_beta: float | None = None,
-        extra_gate: float | None = 0.4,
+        extra_gate: float | None = 0.5,
         extra_start: int = 0,
     ) -> None:
-        knobs = _check_knobs(dict(zip(_KNOBS, (extra_every, extra_steps, extra_beta, extra_gate, extra_start))))
+        knobs = check_knobs(dict(zip(KNOBS, (extra_every, extra_steps, extra_beta, extra_gate, extra_start))))
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
             differentiable=differentiable, fused=fused,
         )  # fmt: skip
         for group in self.param_groups:
-            group.update(_check_knobs({**knobs, **group}))
+            group.update(check_knobs({**knobs, **group}))
         self.defaults.update(knobs)
         self._forget()
 
@@ -197,10 +167,10 @@ class ExtraAdam(AdamW):
         # Called by pickle and deepcopy on an empty object, and by load_state_dict, after its hooks, on this one. All
         # checks come first, so that a state that is refused changes nothing.
         own = self.__dict__.get("param_groups", [])
-        defaults = {**_KNOBS, **state.get("defaults", self.__dict__.get("defaults", {}))}
+        defaults = {**KNOBS, **state.get("defaults", self.__dict__.get("defaults", {}))}
         for i, group in enumerate(state["param_groups"]):
             before = own[i] if i < len(own) else {}
-            group.update(_check_knobs({**defaults, **{k: before[k] for k in _KNOBS if k in before}, **group}))
+            group.update(check_knobs({**defaults, **{k: before[k] for k in KNOBS if k in before}, **group}))
             for j, p in enumerate(group["params"]):
                 for key in state["state"].get(p, {}).keys() & {"extra_anchor", "extra_drift"}:
                     loaded = state["state"][p][key]
@@ -214,7 +184,7 @@ class ExtraAdam(AdamW):
                     state["state"][p][key] = loaded.clone()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
-        for key, value in _KNOBS.items():
+        for key, value in KNOBS.items():
             self.defaults.setdefault(key, value)
         if self.defaults.get("fused"):
             self._step_supports_amp_scaling = True  # AdamW's constructor sets it; pickle and deepcopy lose it
@@ -229,7 +199,7 @@ class ExtraAdam(AdamW):
             ValueError: a knob outside its range.
         """
         if "extra_every" in self.defaults and isinstance(param_group, dict):  # not yet in AdamW's constructor
-            param_group.update(_check_knobs({**self.defaults, **param_group}))
+            param_group.update(check_knobs({**self.defaults, **param_group}))
         super().add_param_group(param_group)
 
     def _init_group(
@@ -252,12 +222,11 @@ class ExtraAdam(AdamW):
             if fresh and len(fresh) == len(params_with_grad):
                 position = next(i for i, g in enumerate(self.param_groups) if g is group)
                 self._countdowns[position] = Countdown(state_steps, group["extra_every"], 0, group["extra_every"])
-            drifts = _keeps_drift(group)
+            drifts = group_keeps_drift(group)
             # A step with lr 0 moves nothing, but it may be the one by which torch.distributed.checkpoint fills a fresh
             # state, before weights are loaded. Then the first step that moves takes the anchor: till then its origin is
             # kept as a complement, which is negative.
-            lr = group["lr"]
-            standing = (not isinstance(lr, Tensor) or lr.is_cpu) and float(lr) == 0  # never waits for a device
+            standing = stands(group)
             for p in params_with_grad:
                 state = self.state[p]
                 if "extra_anchor" not in state or "extra_origin" not in state:
@@ -357,77 +326,9 @@ class ExtraAdam(AdamW):
             lanes += self._lane(group, {p: steps[p] for p, n in elapsed.items() if n > 0 and n % every == 0})
         found_inf = getattr(self, "found_inf", None)
         if lanes and not (found_inf is not None and bool(found_inf)):  # a step that was skipped ends no cycle
-            self._last_jump[:] = [end_cycle(lanes)]
+            self._end(lanes)
 
-    def _origin(self, p: Tensor) -> int:
-        origin: int = self.state[p]["extra_origin"]
-        return origin if origin >= 0 else ~origin
-
-    def _lane(self, group: dict[str, Any], steps: dict[Tensor, int]) -> list[Lane]:
-        if not steps:
-            return []
-        states = [self.state[p] for p in steps]
-        drifts = None
-        if _keeps_drift(group):
-            for p, state in zip(steps, states):
-                if "extra_drift" not in state:
-                    state["extra_drift"] = new_drift(p)
-            drifts = [state["extra_drift"] for state in states]
-        return [
-            Lane(
-                params=list(steps),
-                anchors=[state["extra_anchor"] for state in states],
-                drifts=drifts,
-                steps=list(steps.values()),
-                every=group["extra_every"],
-                horizon=group["extra_steps"],
-                beta=averaging(group["extra_every"], group["extra_steps"], group["extra_beta"]),
-                gate=group["extra_gate"],
-                start=group["extra_start"],
-                differentiable=group["differentiable"],
-            )
-        ]
-
-    @property
-    def last_jump(self) -> JumpReport | None:
-        """What the last end of a cycle did in this process, or None: see :class:`~extraopt.cycle.JumpReport`."""
-        return self._last_jump[0] if self._last_jump else None
-
-    @torch.no_grad()
-    def jump(self) -> JumpReport | None:
-        """End the running cycle of every parameter now, and start the next one here.
-
-        For trainers that know a better moment than a count of steps: before weights are sent to an inference engine,
-        at the end of an RL iteration. The drift is that of the steps taken since the anchor, so a cycle that is ended
-        after j of its k steps jumps about j/k of the horizon. Parameters without an applied step since their anchor are
-        left alone: calling this twice, or right after a cycle ended by itself, does nothing.
-
-        Returns:
-            What was done, or None where there was nothing to do.
-        """
-        lanes = []
-        for group, steps in self._anchored_steps():
-            begun = {p: n for p, n in steps.items() if (n - self._origin(p)) % group["extra_every"]}
-            lanes += self._lane(group, begun)
-            for p, step in begun.items():
-                self.state[p]["extra_origin"] = step
-        self._countdowns.clear()
-        if not lanes:
-            return None
-        self._last_jump[:] = [end_cycle(lanes)]
-        return self.last_jump
-
-    @torch.no_grad()
-    def reset_anchor(self) -> None:
-        """Start a new cycle at the weights as they are now, without jumping.
-
-        Call it after weights were edited from outside (best model loaded, averaged weights swapped in, pruning): else
-        the next jump extrapolates across the edit. The drift estimate is kept; the gate judges whether it still holds.
-        """
-        for _, steps in self._anchored_steps():
-            for p, step in steps.items():
-                self.state[p]["extra_anchor"].copy_(p)
-                self.state[p]["extra_origin"] = step
+    def _phases_changed(self) -> None:
         self._countdowns.clear()
 
     def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], dict[Tensor, int]]]:

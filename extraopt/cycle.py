@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
@@ -21,11 +21,12 @@ class JumpReport:
 
     Attributes:
         step: applied optimizer steps of the tensors concerned (the largest, where they differ).
-        gate: how far the gate was open, 0 (only re-anchored) to 1 (the whole horizon); the widest of the groups.
-        coherence: cos(drift of this cycle, estimate so far) over all gated tensors, -1 to 1.
+        gate: how far the gates were open, 0 (nothing jumped) to 1 (all of the estimate by the whole horizon): the root
+            mean square over tensors, by the squared length of their estimates.
+        coherence: cos(drift of this cycle, estimate so far) over all gated tensors together, -1 to 1.
         drift_norm: ||V||, the estimate after this cycle, in weight units.
         weight_norm: ||W|| before the jump.
-        jumped: tensors moved.
+        jumped: tensors that jumped, be it little.
         refused: tensors left where they were because a number was not finite or would have left its dtype's range.
     """
 
@@ -40,18 +41,28 @@ class JumpReport:
 
 @dataclass
 class Lane:
-    """Tensors whose cycle ends now and that share their knobs."""
+    """Tensors whose cycle ends now and that share their knobs.
+
+    Attributes:
+        steps: applied optimizer steps of each tensor.
+        seen: drifts that each tensor's estimate has taken in so far.
+        momentum: decay of the optimizer's momentum, which makes drifts agree where nothing else does.
+        ratios: what `end_cycle` made of it: each tensor's jump as a multiple of its estimate.
+    """
 
     params: list[Tensor]
     anchors: list[Tensor]
     drifts: list[Tensor] | None
     steps: list[int]
+    seen: list[int]
     every: int
-    horizon: int
+    horizon: float
     beta: float
     gate: float | None
     start: int
+    momentum: float = 0.9
     differentiable: bool = False
+    ratios: list[float] = field(default_factory=list)
 
 
 def new_anchor(p: Tensor) -> Tensor:
@@ -65,10 +76,10 @@ def new_drift(p: Tensor) -> Tensor:
 
 
 def averaging(every: int, horizon: int, beta: float | None) -> float:
-    """The b that is used: `beta`, or max(0, 1 - k / (2N)) for None."""
+    """The b that is used: `beta`, or max(0, 1 - k / N) for None."""
     if beta is not None:
         return beta
-    return max(0.0, 1 - every / (2 * horizon)) if horizon else 0.0
+    return max(0.0, 1 - every / horizon) if horizon else 0.0
 
 
 def keeps_drift(every: int, horizon: int, beta: float | None, gate: float | None) -> bool:
@@ -141,14 +152,15 @@ def _local(tensors: Sequence[Any]) -> list[Tensor]:
 
 @torch.no_grad()
 def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
-    """End the cycle of every tensor of `lanes`: decide how far all of them may jump, then jump and re-anchor.
+    """End the cycle of every tensor of `lanes`: decide how far each of them may jump, then jump and re-anchor.
 
-    The gate is common to all gated lanes. A tensor whose drift, estimate or weights are not finite, or whose jump could
-    leave its dtype's range, is refused: it keeps its weights, gets a new anchor, and a RuntimeWarning says so.
+    Each tensor has a gate of its own. As far as it is shut the tensor retreats: it takes back up to half of its drift.
+    A tensor whose drift, estimate or weights are not finite, or whose jump could leave its dtype's range, is refused:
+    it keeps its weights, gets a new anchor, and a RuntimeWarning says so.
 
     Args:
         lanes: at least one, none empty; floating or complex tensors of any shapes, layouts and devices, DTensors too.
-            Their params, anchors and drifts are written in place.
+            Their params, anchors and drifts are written in place, their ratios anew.
 
     Returns:
         What was done, over all lanes.
@@ -162,23 +174,26 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
         sums.append(_sum_over_shards(local, lane.params))
     watched = [s for lane, s in zip(lanes, sums) if lane.gate is not None] or sums
     every_sum = torch.cat(watched)
-    cosine = gates.coherence(every_sum[gates.finite(every_sum)])
+    cosine = float(gates.coherence(every_sum[gates.finite(every_sum)].sum(0, keepdim=True)))
 
-    widest, drift_sq, weight_sq, jumped, refused = 0.0, 0.0, 0.0, 0, []
+    gated_sq, drift_sq, weight_sq, jumped, refused = 0.0, 0.0, 0.0, 0, []
     for lane, s in zip(lanes, sums):
         finite = gates.finite(s)
-        g = gates.openness(cosine, lane.gate)
         may = finite & (torch.tensor(lane.steps) >= lane.start)
         if lane.gate is not None:
             may &= ~gates.still(s)
+        floor = [gates.momentum_coherence(lane.every, lane.beta, lane.momentum, max(1, n)) for n in lane.seen]
+        g = gates.openness(gates.coherence(s), lane.gate, torch.tensor(floor, dtype=torch.float64))
+        ratios = (g * lane.horizon / lane.every).where(may, 0.0)
+        retreats = ((1 - g) * gates.RETREAT).where(may, 0.0)
         norms = gates.averaged_norm(s, lane.beta)
-        ratios = may.double() * (g * lane.horizon / lane.every)
-        overflow = (ratios > 0) & gates.overflows(s, norms, ratios, [p.dtype for p in lane.params])
-        ratios[overflow] = 0.0
-        _apply(lane, finite.tolist(), ratios.tolist(), s[:, 2].isfinite().tolist())
+        jumps = (ratios * norms + retreats * s[:, 1].sqrt()).where(may, 0.0)
+        overflow = gates.overflows(s, jumps, [p.dtype for p in lane.params]) & (jumps > 0)
+        ratios[overflow] = retreats[overflow] = 0.0
+        lane.ratios = ratios.tolist()
+        _apply(lane, finite.tolist(), lane.ratios, retreats.tolist(), s[:, 2].isfinite().tolist())
 
-        if ratios.any():
-            widest = max(widest, g)
+        gated_sq += float((norms * g)[ratios > 0].square().sum())
         drift_sq += float(norms[finite].square().sum())
         weight_sq += float(s[finite, 3].sum())
         jumped += int((ratios > 0).sum())
@@ -193,10 +208,13 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
             RuntimeWarning,
             stacklevel=2,
         )
-    return JumpReport(step, widest, cosine, drift_sq**0.5, weight_sq**0.5, jumped, len(refused))
+    gate = (gated_sq / drift_sq) ** 0.5 if drift_sq > 0 else 0.0
+    return JumpReport(step, gate, cosine, drift_sq**0.5, weight_sq**0.5, jumped, len(refused))
 
 
-def _apply(lane: Lane, finite: list[bool], ratios: list[float], drift_finite: list[bool]) -> None:
+def _apply(
+    lane: Lane, finite: list[bool], ratios: list[float], retreats: list[float], drift_finite: list[bool]
+) -> None:
     chosen = [i for i, ok in enumerate(finite) if ok]
     for i in set(range(len(finite))) - set(chosen):
         lane.anchors[i].copy_(lane.params[i])
@@ -205,19 +223,30 @@ def _apply(lane: Lane, finite: list[bool], ratios: list[float], drift_finite: li
 
     params, anchors = [lane.params[i] for i in chosen], [lane.anchors[i] for i in chosen]
     drifts = None if lane.drifts is None else [lane.drifts[i] for i in chosen]
-    ratios = [ratios[i] for i in chosen]
+    ratios, retreats = [ratios[i] for i in chosen], [retreats[i] for i in chosen]
     if not lane.differentiable:
         local_drifts = None if drifts is None else _local(drifts)
-        kernels.jump_(_local(params), _local(anchors), local_drifts, ratios, 1 - lane.beta)
+        kernels.jump_(_local(params), _local(anchors), local_drifts, ratios, retreats, 1 - lane.beta)
         return
     # the jump is a constant to autograd: gradients pass through it unchanged
-    if drifts is None:
-        drifts = [p.detach() - a for p, a in zip(params, anchors)]
-    else:
-        kernels.jump_(_local(params), _local(anchors), _local(drifts), [0.0] * len(params), 1 - lane.beta)
+    landed = [p.detach().clone() for p in params]
+    kernels.jump_(_local(landed), _local(anchors), drifts and _local(drifts), ratios, retreats, 1 - lane.beta)
     with torch.enable_grad():
-        for p, v, ratio in zip(params, drifts, ratios):
-            if ratio:
-                p.add_(v, alpha=ratio)
+        for p, w in zip(params, landed):
+            p.add_(w - p.detach())
     for p, a in zip(params, anchors):
         a.copy_(p.detach())
+
+
+@torch.no_grad()
+def take_back(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor], ratios: Sequence[float]
+) -> None:
+    """Undo a jump, up to rounding, and keep the steps since: each W and A moves by -ratio * V, in place.
+
+    Only as long as V is what the jump used: before the next cycle ends.
+    """
+    for p, a, v, ratio in zip(_local(params), _local(anchors), _local(drifts), ratios):
+        if ratio:
+            p.sub_(v, alpha=ratio)
+            a.sub_(v, alpha=ratio)

@@ -1,4 +1,4 @@
-"""How far to dare: pure functions from the sums of a cycle to the gate and to the tensors that must not jump.
+"""How far to dare: pure functions from the sums of a cycle to gates, and to the tensors that must not jump.
 
 Sums come as `extraopt.kernels.cycle_sums` makes them: float64 [T, 4] on the CPU, for each tensor <D, V>, <D, D>,
 <V, V> and <E, E>, where D is the drift of this cycle, V the estimate before it and E the weights.
@@ -6,8 +6,13 @@ Sums come as `extraopt.kernels.cycle_sums` makes them: float64 [T, 4] on the CPU
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
+
+RETREAT = 0.5  # part of its drift that a tensor takes back where its gate is shut: Lookahead with alpha = 1 - RETREAT
 
 
 def finite(sums: Tensor) -> Tensor:
@@ -15,25 +20,52 @@ def finite(sums: Tensor) -> Tensor:
     return sums.isfinite().all(1)
 
 
-def coherence(sums: Tensor) -> float:
-    """cos(D, V) over all tensors together, in [-1, 1]; 0 where D or V is 0."""
-    dot, dd, vv, _ = sums.sum(0).tolist()
-    norms = dd**0.5 * vv**0.5
-    return max(-1.0, min(1.0, dot / norms)) if norms > 0 else 0.0
+def coherence(sums: Tensor) -> Tensor:
+    """cos(D, V) of each tensor, float64 [T] in [-1, 1]; 0 where D or V is 0."""
+    dot, dd, vv, _ = sums.unbind(1)
+    norms = dd.sqrt() * vv.sqrt()
+    return (dot / norms.where(norms > 0, torch.inf)).clamp(-1, 1)
 
 
-def openness(cosine: float, gate: float | None) -> float:
-    """clip(cos / gate, 0, 1), rounded to the nearest multiple of 1/256; 1 where there is no gate.
+@functools.lru_cache(maxsize=1024)
+def momentum_coherence(every: float, beta: float = 0.0, momentum: float = 0.9, seen: int = 1 << 30) -> float:
+    """The cos(D, V) of a run without a direction, from the optimizer's momentum alone, in [0, 1).
 
-    The rounding keeps the order in which sums were taken (threads, ranks, implementation) out of the weights.
+    Gradients are taken for white noise and Adam's denominator for constant, so that a step is an exponential average of
+    noise and a drift is a sum of `every` of them: covariances of drifts are geometric sums. Restoring forces make real
+    noise less coherent than this, so that it errs on the careful side.
+
+    Args:
+        every: k, optimizer steps in a drift, > 0.
+        beta: b, averaging of the drifts, in [0, 1); 0 compares with the drift before.
+        momentum: decay of the optimizer's momentum, in [0, 1): AdamW's beta1.
+        seen: drifts in the estimate so far, >= 1. An estimate of few drifts agrees more with the next one.
+    """
+    fade = momentum**every
+    geometric = (1 - fade) / (1 - momentum)
+    dd = every * (1 + momentum) / (1 - momentum) - 2 * momentum * geometric / (1 - momentum)
+    neighbours = momentum * geometric**2  # <D_i, D_(i+1)>; each cycle further apart fades
+    dv = vv = 0.0
+    for i in range(min(seen, math.ceil(10 / (1 - beta)))):  # by then beta**seen is nothing
+        vv = beta**2 * vv + 2 * beta * (1 - beta) * dv + (1 - beta) ** 2 * dd
+        dv += (1 - beta) * neighbours * (beta * fade) ** i
+    return float(dv / (dd * vv) ** 0.5)
+
+
+def openness(cosines: Tensor, gate: float | None, floor: Tensor) -> Tensor:
+    """clip((cos - floor) / (gate * (1 - floor)), 0, 1) to the nearest multiple of 1/256, float64 [T]; no gate: 1.
+
+    Nothing opens at or below `floor`, float64 [T], which is what a run without a direction would show; all is open
+    where the coherence has come the fraction `gate` of the way from there to 1. The rounding keeps the order in which
+    sums were taken (threads, ranks, implementation) out of the weights.
     """
     if gate is None:
-        return 1.0
-    return round(256 * max(0.0, min(1.0, cosine / gate))) / 256
+        return torch.ones_like(cosines)
+    return (256 * ((cosines - floor) / (gate * (1 - floor))).clamp(0, 1)).round() / 256
 
 
 def still(sums: Tensor) -> Tensor:
-    """Which tensors did not move in this cycle or have no estimate yet: bool [T]. A gated one of them does not jump."""
+    """Which tensors did not move in this cycle or have no estimate yet: bool [T]. A gated one of them stays."""
     return (sums[:, 1] == 0) | (sums[:, 2] == 0)
 
 
@@ -43,7 +75,10 @@ def averaged_norm(sums: Tensor, beta: float) -> Tensor:
     return (beta**2 * vv + 2 * beta * (1 - beta) * dot + (1 - beta) ** 2 * dd).clamp(min=0).sqrt()
 
 
-def overflows(sums: Tensor, norms: Tensor, ratios: Tensor, dtypes: list[torch.dtype]) -> Tensor:
-    """Which tensors could leave their dtype's range: bool [T]. No element of E + rV is larger than ||E|| + r||V||."""
+def overflows(sums: Tensor, jumps: Tensor, dtypes: list[torch.dtype]) -> Tensor:
+    """Which tensors could leave their dtype's range by jumps of these lengths: bool [T].
+
+    No element of a sum is larger than the sum of the norms.
+    """
     limits = torch.tensor([torch.finfo(dtype).max for dtype in dtypes], dtype=torch.float64)
-    return sums[:, 3].sqrt() + ratios * norms > limits
+    return sums[:, 3].sqrt() + jumps > limits

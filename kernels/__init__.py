@@ -72,14 +72,17 @@ def jump_(
     anchors: Sequence[Tensor],
     drifts: Sequence[Tensor] | None,
     ratios: Sequence[float],
+    retreats: Sequence[float],
     weight: float,
 ) -> None:
-    """V <- lerp(V, D, weight), P <- P + ratio * V, A <- P for every tensor, in place, with D = P - A.
+    """V <- lerp(V, D, weight), P <- P + ratio * V - retreat * D, A <- P for every tensor, in place, with D = P - A.
 
     Args:
         params, anchors, drifts: as in `cycle_sums`, all values finite; without drifts V = D, and none is kept.
-        ratios: g * N / k, one for each tensor; 0 leaves its weights as they are, bit for bit.
+        ratios: g * N / k, one for each tensor.
+        retreats: part of the drift that is taken back, one for each tensor; with ratio 0 and retreat 0 its weights are
+            left as they are, bit for bit.
         weight: 1 - extra_beta.
     """
     for module, indices, lists in _dispatch(params, anchors, drifts):
-        module.jump_(*lists, [ratios[i] for i in indices], weight)
+        module.jump_(*lists, [ratios[i] for i in indices], [retreats[i] for i in indices], weight)

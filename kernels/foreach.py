@@ -119,6 +119,7 @@ def jump_(
     anchors: Sequence[Tensor],
     drifts: Sequence[Tensor] | None,
     ratios: Sequence[float],
+    retreats: Sequence[float],
     weight: float,
 ) -> None:
     """The jump of `extraopt.kernels.jump_` on real tensors of any layout that are all on one device.
@@ -130,24 +131,27 @@ def jump_(
         tensors = [p, a] if drifts is None else [p, a, drifts[i]]
         flat = _flat(tensors)
         if flat is None:
-            _block_jump_(tensors, ratios[i], weight, _Scratch(p, 3, p.numel()))
+            _block_jump_(tensors, ratios[i], retreats[i], weight, _Scratch(p, 3, p.numel()))
         else:
             for part in _blocks(flat):
-                _block_jump_(part, ratios[i], weight, scratches[p.dtype == torch.float64])
+                _block_jump_(part, ratios[i], retreats[i], weight, scratches[p.dtype == torch.float64])
 
 
-def _block_jump_(part: Sequence[Tensor], ratio: float, weight: float, scratch: _Scratch) -> None:
+def _block_jump_(part: Sequence[Tensor], ratio: float, retreat: float, weight: float, scratch: _Scratch) -> None:
     p, a = part[0], part[1]
     rows = scratch.rows(p.numel())
     # where e and v are the tensors themselves, the operations below write them in place
-    e, v = _as(p, rows[0]), rows[1].view(p.shape)
-    torch.sub(e, _as(a, rows[1]), out=v)
+    e, d = _as(p, rows[0]), rows[1].view(p.shape)
+    torch.sub(e, _as(a, rows[1]), out=d)
+    v = d
     if len(part) == 3:
-        v = _as(part[2], rows[2]).lerp_(v, weight)
+        v = _as(part[2], rows[2]).lerp_(d, weight)
         if v.dtype != p.dtype:
             part[2].copy_(v)
     if ratio:
         e.add_(v, alpha=ratio)
-        if e.dtype != p.dtype:
-            p.copy_(e)
+    if retreat:
+        e.add_(d, alpha=-retreat)
+    if e.dtype != p.dtype:
+        p.copy_(e)
     a.copy_(p)

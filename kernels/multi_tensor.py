@@ -92,7 +92,7 @@ def _locate(tensors, chunks, CHUNK: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _jump_chunk(
-    p_address, a_address, v_address, start, n, ratio, weight,
+    p_address, a_address, v_address, start, n, ratio, retreat, weight,
     DTYPE: tl.constexpr, HAS_V: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     p_pointer = _pointer(p_address, start, DTYPE, VEC)
@@ -103,30 +103,34 @@ def _jump_chunk(
         mask = offsets < n // VEC * VEC  # n is a multiple of VEC already: this is how the compiler gets to know
         p = _load(p_pointer, offsets, mask, DTYPE, INTERPRET)
         d = p - _load(a_pointer, offsets, mask, DTYPE, INTERPRET)
+        v = d
         if HAS_V:  # v = lerp(v, d, weight), in the form that torch uses
             v = _load(v_pointer, offsets, mask, DTYPE, INTERPRET)
             small = weight < 0.5
             v = _fma(d - v, tl.where(small, weight, weight - 1.0), tl.where(small, v, d), INTERPRET)
             _store(v_pointer, offsets, v, mask, DTYPE, INTERPRET)
-            d = v
-        p = tl.where(ratio == 0.0, p, _fma(d, ratio, p, INTERPRET))  # 0 * d + p would lose the sign of -0.0
+        p = tl.where(ratio == 0.0, p, _fma(v, ratio, p, INTERPRET))  # 0 * v + p would lose the sign of -0.0
+        p = tl.where(retreat == 0.0, p, _fma(d, -retreat, p, INTERPRET))
         _store(p_pointer, offsets, p, mask, DTYPE, INTERPRET)
         _store(a_pointer, offsets, p, mask, DTYPE, INTERPRET)
 
 
 @triton.jit
 def _jump_kernel(
-    tensors, chunks, ratios, weight,
+    tensors, chunks, factors, weight,
     DTYPE: tl.constexpr, HAS_V: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """v = lerp(v, p - a, weight); p += ratio * v; a = p. `ratios`: float32 [T]; `weight`: float32."""
+    """d = p - a; v = lerp(v, d, weight); p += ratio * v - retreat * d; a = p.
+
+    `factors`: ratio and retreat of each tensor, float32 [T, 2]; `weight`: float32.
+    """
     p, a, v, start, n, place, aligned = _locate(tensors, chunks, CHUNK, VEC)
-    ratio = tl.load(ratios + place)
+    ratio, retreat = tl.load(factors + 2 * place), tl.load(factors + 2 * place + 1)
     if aligned:
-        _jump_chunk(p, a, v, start, n, ratio, weight, DTYPE, HAS_V, VEC, BLOCK, INTERPRET)
+        _jump_chunk(p, a, v, start, n, ratio, retreat, weight, DTYPE, HAS_V, VEC, BLOCK, INTERPRET)
     else:
-        _jump_chunk(p, a, v, start, n, ratio, weight, DTYPE, HAS_V, 1, BLOCK, INTERPRET)
+        _jump_chunk(p, a, v, start, n, ratio, retreat, weight, DTYPE, HAS_V, 1, BLOCK, INTERPRET)
 
 
 @triton.jit
@@ -288,18 +292,20 @@ def jump_(
     anchors: Sequence[Tensor],
     drifts: Sequence[Tensor] | None,
     ratios: Sequence[float],
+    retreats: Sequence[float],
     weight: float,
 ) -> None:
-    """V = lerp(V, P - A, weight); P = P + ratio * V; A = P, in place; no drifts: V = P - A. Ratio 0 leaves P alone.
+    """D = P - A; V = lerp(V, D, weight); P = P + ratio * V - retreat * D; A = P, in place; no drifts: V = D.
 
-    All tensors on one device. Computed in float32 (`weight` and `ratios` are rounded to it first), each product and
-    sum fused; each result rounds once, when it is stored, and the jump takes V from before that. A is the stored P.
+    All tensors on one device. Ratio and retreat 0 leave P alone. Computed in float32 (`weight`, `ratios` and `retreats`
+    are rounded to it first), each product and sum fused; each result rounds once, when it is stored, and the jump takes
+    V from before that. A is the stored P.
     """
     if not params:
         return
     device = params[0].device
     with _on(device):
-        table = torch.tensor(ratios, dtype=torch.float32).to(device)
+        table = torch.tensor([ratios, retreats], dtype=torch.float32).T.contiguous().to(device)
         for tensors, chunks, itemsize, constants in _launches(params, anchors, drifts):
             options = {"BLOCK": JUMP_BLOCK[itemsize], **_options(JUMP_THREADS)}
             _jump_kernel[(len(chunks),)](tensors, chunks, table, weight, **constants, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -16,8 +17,10 @@ def end_cycle(
     steps: float,
     beta: float,
     gate: float | None,
+    momentum: float,
+    seen: int,
     jump: bool = True,
-) -> tuple[list[Tensor], list[Tensor], float]:
+) -> tuple[list[Tensor], list[Tensor], list[float]]:
     """End one cycle over a list of real tensors, in float64 and out of place.
 
     Args:
@@ -27,23 +30,37 @@ def end_cycle(
         every: k, applied steps in a cycle.
         steps: N, steps to jump.
         beta: b, averaging of the drift over cycles, in [0, 1).
-        gate: coherence at which the gate is fully open; ``None`` keeps it open.
+        gate: way from no coherence to full at which a gate is fully open; ``None`` keeps it open.
+        momentum: decay of the optimizer's momentum (AdamW's beta1), which makes drifts agree where nothing else does.
+        seen: drifts that the estimate has taken in so far.
         jump: False re-anchors without moving (before ``extra_start``).
 
     Returns:
-        New weights (which are also the new anchors), new drifts, both float64, and the gate in [0, 1].
+        New weights (which are also the new anchors), new drifts, both float64, and the gates in [0, 1].
 
-    Source: RL-Extra (arXiv 2601.04537) is ``beta=0, gate=None``; averaging and gate are extraopt's.
+    Source: RL-Extra (arXiv 2601.04537) is ``beta=0, gate=None``; averaging, gate and retreat are extraopt's.
     """
+    # cos(D, V) if gradients were white noise: steps would have covariance momentum^lag, drifts are sums of k of them
+    n = max(1, min(seen, 300))
+    lags = torch.arange((n + 1) * every, dtype=torch.float64)
+    steps_cov = momentum ** (lags[:, None] - lags).abs()
+    cov = steps_cov.view(n + 1, every, n + 1, every).sum((1, 3))  # of this drift, and of those before it
+    age = torch.arange(n, dtype=torch.float64)
+    w = (1 - beta) * beta**age
+    floor = float(cov[0, 1:] @ w / (cov[0, 0] * (w @ cov[1:, 1:] @ w)).sqrt())
+
     E, A, V = ([t.double() for t in ts] for ts in (weights, anchors, drifts))
-    D = [e - a for e, a in zip(E, A)]
-    dot = sum(float((d * v).sum()) for d, v in zip(D, V))
-    norms = sum(float((d * d).sum()) for d in D) ** 0.5 * sum(float((v * v).sum()) for v in V) ** 0.5
-    g = 1.0 if gate is None else round(256 * min(max(dot / norms / gate, 0.0), 1.0)) / 256 if norms > 0 else 0.0
-    new_V = [beta * v + (1 - beta) * d for v, d in zip(V, D)]
-    new_W = []
-    for e, d, v, nv in zip(E, D, V, new_V):
-        # a gated tensor that stood still, or has no estimate yet, does not ride on the coherence of the others
-        still = gate is not None and not (bool(d.any()) and bool(v.any()))
-        new_W.append(e if still or not jump else e + g * (steps / every) * nv)
-    return new_W, new_V, g
+    new_W, new_V, gates = [], [], []
+    for e, a, v in zip(E, A, V):
+        d = e - a
+        nv = beta * v + (1 - beta) * d
+        norms = float(d.norm()) * float(v.norm())
+        cosine = float((d * v).sum()) / norms if norms > 0 else 0.0
+        g = 1.0 if gate is None else round(256 * min(max((cosine - floor) / (gate * (1 - floor)), 0.0), 1.0)) / 256
+        # a gated tensor that stood still, or has no estimate yet, has nothing to go by
+        if not jump or (gate is not None and norms == 0):
+            g, w = 0.0, e
+        else:
+            w = e + g * (steps / every) * nv - (1 - g) / 2 * d
+        new_W, new_V, gates = [*new_W, w], [*new_V, nv], [*gates, g]
+    return new_W, new_V, gates

@@ -73,31 +73,38 @@ def ratios(n: int) -> list[float]:
     return list(itertools.islice(itertools.cycle([0.5, 0.0, 5.0, 0.3, 1.0, 7.3, 0.0]), n))
 
 
+def retreats(n: int) -> list[float]:
+    return list(itertools.islice(itertools.cycle([0.5, 0.0, 0.0, 0.25, 0.123]), n))
+
+
 def plain_jump_(
     params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None,
-    ratios: Sequence[float], weight: float,
+    ratios: Sequence[float], retreats: Sequence[float], weight: float,
 ) -> None:  # fmt: skip
     """The rule as one would type it; 16-bit tensors are computed in float32 and rounded once, at the end."""
-    for i, (p, a, ratio) in enumerate(zip(params, anchors, ratios)):
+    for i, (p, a, ratio, retreat) in enumerate(zip(params, anchors, ratios, retreats)):
         p32, a32 = p.float(), a.float()
         v32 = d = p32 - a32
         if drifts is not None:
             v32 = drifts[i].float().lerp_(d, weight)
             drifts[i].copy_(v32)
         if ratio:
-            p.copy_(p32.add_(v32, alpha=ratio))
+            p32 = p32.add(v32, alpha=ratio)
+        if retreat:
+            p32 = p32.add(d, alpha=-retreat)
+        p.copy_(p32)
         a.copy_(p)
 
 
 def exact_jump(
-    p: Tensor, a: Tensor, v: Tensor | None, ratio: float, weight: float
+    p: Tensor, a: Tensor, v: Tensor | None, ratio: float, retreat: float, weight: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """New weights and drift in float64, and the size of the largest number that was rounded on the way."""
     p, a = p.double(), a.double()
     d = p - a
     moved = d if v is None else v.double() + weight * (d - v.double())
     size = p.abs() + a.abs() + (0 if v is None else v.double().abs())
-    return p + ratio * moved, None if v is None else moved, (1 + ratio) * size
+    return p + ratio * moved - retreat * d, None if v is None else moved, (1 + ratio + retreat) * size
 
 
 def exact_sums(p: Tensor, a: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:

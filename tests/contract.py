@@ -90,14 +90,20 @@ def knob(optimizer: Optimizer, name: str, default: Any) -> Any:
 
 
 def next_cycle(
-    optimizer: Optimizer, weights: list[Tensor], anchors: list[Tensor], drifts: list[Tensor], every: int = EVERY
-) -> tuple[list[Tensor], list[Tensor], float]:
-    """Weights and drifts after the end of a cycle, in float64, and the jump as a multiple of the drifts."""
+    optimizer: Optimizer,
+    weights: list[Tensor],
+    anchors: list[Tensor],
+    drifts: list[Tensor],
+    every: int = EVERY,
+    seen: int = 0,
+) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    """Weights and drifts after the end of a cycle, in float64, and the gates."""
     beta = knob(optimizer, "extra_beta", 0.0)
-    beta = max(0.0, 1 - every / (2 * STEPS)) if beta is None else beta
+    beta = max(0.0, 1 - every / STEPS) if beta is None else beta
     gate = knob(optimizer, "extra_gate", None)
-    after, drifts, g = reference.end_cycle(weights, anchors, drifts, every=every, steps=STEPS, beta=beta, gate=gate)
-    return after, drifts, g * STEPS / every
+    momentum = knob(optimizer, "betas", (0.9,))[0]
+    rule = {"every": every, "steps": STEPS, "beta": beta, "gate": gate, "momentum": momentum, "seen": seen}
+    return reference.end_cycle(weights, anchors, drifts, **rule)
 
 
 def spacing(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -714,7 +720,7 @@ def schedulers_wrap_the_step(make: Make) -> None:
 
 def _check_the_rule(make: Make, dtype: torch.dtype, every: int) -> None:
     """Five cycles against the reference, from AdamW's own step. One tensor has no gradient in the first cycle, so no
-    estimate in the second; one group stands still in the third; one gate looks over both groups."""
+    estimate in the second; one group stands still in the third."""
     params = parameters(dtype, SHAPES[:3])
     optimizer = make(
         [{"params": params[:1]}, {"params": params[1:]}],
@@ -722,7 +728,7 @@ def _check_the_rule(make: Make, dtype: torch.dtype, every: int) -> None:
         eps=1e-3,
         **{**KNOBS, "extra_every": every},
     )
-    anchors, gates = clones(params), set()
+    anchors, gates = clones(params), set[float]()
     for step in range(5 * every):
         cycle = step // every
         plain = clones(params)
@@ -738,16 +744,16 @@ def _check_the_rule(make: Make, dtype: torch.dtype, every: int) -> None:
         if (step + 1) % every:
             assert_same(params, plain, f"{dtype}: step {step + 1} ends no cycle")
             continue
-        after, drifts, ratio = next_cycle(optimizer, plain, anchors, drifts, every)
+        after, drifts, opened = next_cycle(optimizer, plain, anchors, drifts, every, cycle)
         unit = torch.float64 if dtype == torch.float64 else torch.float32
-        for p, w, e, a, v in zip(params, after, plain, anchors, drifts):
+        for p, w, e, a, v, g in zip(params, after, plain, anchors, drifts, opened):
             # half a spacing of the result where it is stored, and a few of the unit that it is computed in
-            size = w.abs() + (1 + ratio) * (e.double().abs() + a.double().abs() + v.abs())
+            size = w.abs() + (1 + g * STEPS / every) * (e.double().abs() + a.double().abs() + v.abs())
             allowed = 0.5 * spacing(w, dtype) + 4 * spacing(size, unit)
             error = (p.double() - w).abs()
             assert bool((error <= allowed).all()), f"{dtype}: {error.max()} off at step {step + 1}"
         anchors = clones(params)
-        gates.add(ratio * every / STEPS)
+        gates.update(opened)
     if knob(optimizer, "extra_gate", None) is not None:
         assert any(0 < gate < 1 for gate in gates), f"{dtype}: gates that are open or shut do not tell rules apart"
     assert any(gates), f"{dtype}: no jump"

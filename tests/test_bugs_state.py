@@ -168,7 +168,8 @@ def test_a_counter_of_1001_comes_back_as_1000_in_bfloat16():
     train(model, optimizer, range(1))
     for p in model.parameters():
         optimizer.state[p]["step"].fill_(1001)
-    optimizer.reset_anchor()  # counts from 1001
+        optimizer.state[p]["extra_origin"] = 1001
+    optimizer.reset_anchor()
     optimizer.load_state_dict(reload(optimizer.state_dict()))
     assert {optimizer.state[p]["extra_origin"] for p in model.parameters()} == {1001}
     assert train(model, optimizer, range(1, 8)) == [3, 6]
@@ -245,7 +246,7 @@ def test_a_python_counter_is_lost_in_a_distributed_checkpoint(flat, tmp_path):
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, optimizer = make(PAPER)
     train(model, optimizer, range(4))
-    optimizer.jump()  # from now on cycles are counted from 4
+    optimizer.jump()  # the next cycle begins at 4, as if one had begun at 1
     train(model, optimizer, range(4, 5))
     optimizer.zero_grad()
     dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=tmp_path)
@@ -256,7 +257,7 @@ def test_a_python_counter_is_lost_in_a_distributed_checkpoint(flat, tmp_path):
     state = {"optimizer": get_optimizer_state_dict(other, resumed, options=options)}
     dcp.load(state, checkpoint_id=tmp_path)
     set_optimizer_state_dict(other, resumed, state["optimizer"], options=options)
-    assert {s["extra_origin"] for s in resumed.state.values()} == {4}
+    assert {s["extra_origin"] for s in resumed.state.values()} == {1}
     assert train(other, resumed, range(5, 12)) == train(model, optimizer, range(5, 12)) == [6, 9]
     assert_same_run(model, optimizer, other, resumed)
 

@@ -111,9 +111,8 @@ def rank_fsdp(rank: int, layout: str, knobs: dict[str, Any], poisoned_step: int 
     expected = train(single, ExtraAdam(single.parameters(), **knobs), range(STEPS), poisoned_step)
     assert_same(whole(model.parameters()), whole(single.parameters()))
     for report, one in zip(reports, expected, strict=True):
-        assert (report.step, report.gate) == (one.step, one.gate)
-        assert (report.jumped, report.refused) == (one.jumped, one.refused)
-        for name in "coherence", "drift_norm", "weight_norm":
+        assert (report.step, report.jumped, report.refused) == (one.step, one.jumped, one.refused)
+        for name in "gate", "coherence", "drift_norm", "weight_norm":
             assert getattr(report, name) == pytest.approx(getattr(one, name), rel=1e-5, abs=1e-6), name
     return [(r.step, r.gate, r.coherence, r.jumped, r.refused) for r in reports]
 

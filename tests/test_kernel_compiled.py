@@ -75,14 +75,14 @@ def test_gpu_jump_is_that_of_torch_bit_for_bit(dtype, drift):
     from extraopt.kernels import foreach, multi_tensor
 
     wanted = cases.specs(getattr(torch, dtype), cases.SMALL + cases.EDGES + cases.LONG)
-    ratios = cases.ratios(len(wanted))
+    factors = cases.ratios(len(wanted)), cases.retreats(len(wanted))
     for weight in 0.1, 0.5, 0.7, 1.0:
         fused, fallback = cases.Lists(wanted, "cuda"), cases.Lists(wanted, "cuda")
         expected = fused.copies()
-        cases.plain_jump_(expected[0], expected[1], expected[2] if drift else None, ratios, weight)
+        cases.plain_jump_(expected[0], expected[1], expected[2] if drift else None, *factors, weight)
         for lists, module in (fused, multi_tensor), (fallback, foreach):
             assert all(map(multi_tensor.supports, lists.params, lists.anchors, lists.drifts))
-            module.jump_(lists.params, lists.anchors, lists.drifts if drift else None, ratios, weight)
+            module.jump_(lists.params, lists.anchors, lists.drifts if drift else None, *factors, weight)
         torch.cuda.synchronize()
         assert fused.guards_intact()
         for got, other, want in zip(fused.copies(), fallback.copies(), expected):
@@ -121,7 +121,7 @@ def test_gpu_reaches_the_end_of_a_tensor_past_32_bits():
     p, a = (torch.zeros(n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     p[-16:] = torch.arange(1.0, 17.0)
     assert multi_tensor.cycle_sums([p], [a], None).tolist() == [[0.0, 1496.0, 0.0, 1496.0]]
-    multi_tensor.jump_([p], [a], None, [1.0], 1.0)
+    multi_tensor.jump_([p], [a], None, [1.0], [0.0], 1.0)
     for t in p, a:
         assert t[-16:].tolist() == [2.0 * i for i in range(1, 17)]
         assert not t[:-16].any()

@@ -41,8 +41,9 @@ else:
 
     def jumped(wanted, jump_, weight, drift, ratios=None, seed=0):
         lists = cases.Lists(wanted, seed=seed)
+        retreats = cases.retreats(len(wanted)) if ratios is None else [0.0] * len(wanted)
         ratios = cases.ratios(len(wanted)) if ratios is None else ratios
-        jump_(lists.params, lists.anchors, lists.drifts if drift else None, ratios, weight)
+        jump_(lists.params, lists.anchors, lists.drifts if drift else None, ratios, retreats, weight)
         assert lists.guards_intact()
         return lists
 
@@ -124,12 +125,12 @@ else:
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_jump_is_one_rounding_from_exact(dtype, drift):
         wanted = cases.specs(dtype, [33, 1025])
-        ratios = cases.ratios(len(wanted))
+        factors = zip(cases.ratios(len(wanted)), cases.retreats(len(wanted)))
         p0, a0, v0 = cases.Lists(wanted).copies()
         fused = jumped(wanted, multi_tensor.jump_, 0.1, drift)
         half_ulp, smallest = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        for i, ratio in enumerate(ratios):
-            p, v, size = cases.exact_jump(p0[i], a0[i], v0[i] if drift else None, ratio, 0.1)
+        for i, (ratio, retreat) in enumerate(factors):
+            p, v, size = cases.exact_jump(p0[i], a0[i], v0[i] if drift else None, ratio, retreat, 0.1)
             slack = 4 * torch.finfo(torch.float32).eps * size + smallest
             assert ((fused.params[i].double() - p).abs() <= half_ulp * p.abs() + slack).all()
             if drift:
@@ -183,10 +184,10 @@ else:
 
     def test_nothing_to_do():
         assert multi_tensor.cycle_sums([], [], None).shape == (0, 4)
-        multi_tensor.jump_([], [], None, [], 0.1)
+        multi_tensor.jump_([], [], None, [], [], 0.1)
         empty = [torch.zeros(0), torch.zeros(3, 0, dtype=torch.bfloat16)]
         assert torch.equal(multi_tensor.cycle_sums(empty, empty, empty), torch.zeros(2, 4, dtype=torch.float64))
-        multi_tensor.jump_(empty, empty, None, [1.0, 1.0], 0.1)
+        multi_tensor.jump_(empty, empty, None, [1.0, 1.0], [0.5, 0.0], 0.1)
 
     def test_offsets_past_32_bits():
         # The last chunk of a tensor of 2**33 elements, at a made-up address 2**35 bytes before the elements there are.
@@ -195,9 +196,9 @@ else:
         p, a, v = (ts[0] for ts in (lists.params, lists.anchors, lists.drifts))
         row = [t.data_ptr() - 4 * before for t in (p, a, v)] + [before + n, -before // multi_tensor.CHUNK, 0]
         expected = lists.copies()
-        cases.plain_jump_(*expected, [0.5], 0.1)
+        cases.plain_jump_(*expected, [0.5], [0.25], 0.1)
         multi_tensor._jump_kernel[(1,)](
-            torch.tensor([row]), torch.zeros(1, dtype=torch.int32), torch.tensor([0.5]), 0.1,
+            torch.tensor([row]), torch.zeros(1, dtype=torch.int32), torch.tensor([0.5, 0.25]), 0.1,
             DTYPE=multi_tensor.DTYPES[torch.float32], HAS_V=True, CHUNK=multi_tensor.CHUNK, VEC=4, BLOCK=1024,
             INTERPRET=True,
         )  # fmt: skip
@@ -210,7 +211,7 @@ else:
             loss = (leaf * leaf * anchor * drift).sum()
             version = written._version
             with torch.no_grad():
-                multi_tensor.jump_([leaf], [anchor], [drift], [1.0], 0.5)
+                multi_tensor.jump_([leaf], [anchor], [drift], [1.0], [0.0], 0.5)
             assert written._version > version
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
@@ -221,13 +222,13 @@ else:
         multi_tensor._tables.cache_clear()
         for _ in range(3):
             multi_tensor.cycle_sums(*arguments)
-            multi_tensor.jump_(*arguments, [1.0] * len(lists.params), 0.1)
+            multi_tensor.jump_(*arguments, [1.0] * 3, [0.0] * 3, 0.1)
         assert multi_tensor._tables.cache_info().misses == 1
         assert multi_tensor._tables.cache_info().hits == 5
         moved = torch.full((5,), 2.0)
         lists.params[0].data = moved
         lists.anchors[0].fill_(1.0)
-        multi_tensor.jump_(*arguments, [1.0] * len(lists.params), 0.1)
+        multi_tensor.jump_(*arguments, [1.0] * 3, [0.0] * 3, 0.1)
         assert multi_tensor._tables.cache_info().misses == 2
         assert moved.tolist() == [3.0] * 5
 

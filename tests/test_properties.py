@@ -58,9 +58,10 @@ def bound(dtype: torch.dtype, result: Tensor, ratio: float, *terms: Tensor) -> T
     return eps / 2 * (result.abs() + arithmetic) + arithmetic + torch.finfo(dtype).smallest_normal * eps
 
 
-def assert_within_one_rounding(got: Tensor, want: Tensor, ratio: float, *terms: Tensor) -> None:
+def assert_within_one_rounding(got: Tensor, want: Tensor, ratio: float, *terms: Tensor, slack: Any = 0) -> None:
     error = (got.double() - want).abs()
-    assert bool((error <= bound(got.dtype, want, ratio, *terms)).all()), f"off by {error.max()} in {got.dtype}"
+    allowed = bound(got.dtype, want, ratio, *terms) + slack
+    assert bool((error <= allowed).all()), f"off by {error.max()} in {got.dtype}"
 
 
 @given(
@@ -68,8 +69,10 @@ def assert_within_one_rounding(got: Tensor, want: Tensor, ratio: float, *terms: 
     knobs=knobs,
     seed=st.integers(0, 2**30),
     along=st.sampled_from([0.0, 0.3, 1.0]),
+    momentum=st.sampled_from([0.9, 0.0, 0.5]),
+    seen=st.sampled_from([1, 2, 7, 1000]),
 )
-def test_the_end_of_a_cycle_is_the_reference_within_one_rounding(tensors, knobs, seed, along):
+def test_the_end_of_a_cycle_is_the_reference_within_one_rounding(tensors, knobs, seed, along, momentum, seen):
     g = torch.Generator().manual_seed(seed)
     E = [make(*t, g, 1.0) for t in tensors]
     A = [(e.double() + torch.randn(e.shape, dtype=torch.float64, generator=g) * 0.01).to(e.dtype) for e in E]
@@ -78,20 +81,27 @@ def test_the_end_of_a_cycle_is_the_reference_within_one_rounding(tensors, knobs,
          for e, a in zip(E, A)]  # fmt: skip
     k, n, gate = knobs["extra_every"], knobs["extra_steps"], knobs["extra_gate"]
     b = averaging(k, n, knobs["extra_beta"])
-    want_W, want_V, want_g = reference.end_cycle(E, A, V, every=k, steps=n, beta=b, gate=gate)
+    rule = {"every": k, "steps": n, "beta": b, "gate": gate, "momentum": momentum, "seen": seen}
+    want_W, want_V, want_g = reference.end_cycle(E, A, V, **rule)
 
     P = [make_like(e) for e in E]
     anchors, drifts = [make_like(a) for a in A], [make_like(v) for v in V]
-    report = end_cycle([Lane(P, anchors, drifts, [k] * len(P), every=k, horizon=n, beta=b, gate=gate, start=0)])
+    report = end_cycle(
+        [
+            Lane(
+                P, anchors, drifts, [k] * len(P), [seen] * len(P), every=k, horizon=n, beta=b, gate=gate, start=0,
+                momentum=momentum,
+            )
+        ]
+    )  # fmt: skip
 
-    ratio = want_g * n / k
-    assert abs(report.gate - (want_g if report.jumped else 0)) <= 1 / 256  # float32 sums may fall across a boundary
-    if report.jumped and report.gate != want_g:
-        return
-    for p, a, v, e, a0, v0, w, nv in zip(P, anchors, drifts, E, A, V, want_W, want_V):
+    assert abs(report.jumped - sum(x > 0 for x in want_g)) <= len(P)
+    for p, a, v, e, a0, v0, w, nv, x in zip(P, anchors, drifts, E, A, V, want_W, want_V, want_g):
         assert torch.equal(a, p)
         assert_within_one_rounding(v, nv, 0, e, a0, v0)
-        assert_within_one_rounding(p, w, ratio, e, a0, v0)
+        # sums of float32 products may round a gate to a neighbour of the reference's multiple of 1/256
+        slack = 0 if x in (0, 1) else (n / k * nv.abs() + (e.double() - a0.double()).abs() / 2) / 256
+        assert_within_one_rounding(p, w, x * n / k, e, a0, v0, slack=slack)
 
 
 def make_like(t: Tensor) -> Tensor:
@@ -105,12 +115,13 @@ def make_like(t: Tensor) -> Tensor:
 def test_complex_tensors_jump_as_pairs_of_reals():
     g = torch.Generator().manual_seed(0)
     E, A, V = (torch.randn(5, 3, dtype=torch.complex64, generator=g) for _ in range(3))
-    V = V + (E - A)
+    V = V + 0.4 * (E - A)
     pairs = [torch.view_as_real(t) for t in (E, A, V)]
-    want, _, gate = reference.end_cycle(*([t] for t in pairs), every=3, steps=9, beta=0.8, gate=0.4)
+    rule = {"every": 3, "beta": 0.8, "gate": 0.4, "momentum": 0.5}
+    want, _, (gate,) = reference.end_cycle(*([t] for t in pairs), steps=9, seen=2, **rule)
     p = E.clone()
-    report = end_cycle([Lane([p], [A.clone()], [V.clone()], [3], every=3, horizon=9, beta=0.8, gate=0.4, start=0)])
-    assert report.gate == gate > 0
+    report = end_cycle([Lane([p], [A.clone()], [V.clone()], [3], [2], horizon=9, start=0, **rule)])
+    assert report.gate == pytest.approx(gate) and 0 < gate < 1
     assert_within_one_rounding(torch.view_as_real(p), want[0], gate * 3, *pairs)
 
 
@@ -183,7 +194,6 @@ def test_every_step_is_adamw_and_every_kth_is_the_reference(kinds, knobs, implem
         without_jump = dict(zip(params, shadow.step(params)))
         optimizer.step()
         due = [group for group in optimizer.param_groups if t % group["extra_every"] == 0]
-        gated = [p for group in due if group["extra_gate"] is not None for p in group["params"]]
         for group in optimizer.param_groups:
             ps = group["params"]
             if t % group["extra_every"]:
@@ -192,15 +202,11 @@ def test_every_step_is_adamw_and_every_kth_is_the_reference(kinds, knobs, implem
             k, n, gate = group["extra_every"], group["extra_steps"], group["extra_gate"]
             b = averaging(k, n, group["extra_beta"])
             lists = [[without_jump[p] for p in ps], [anchors[p] for p in ps], [drifts[p] for p in ps]]
-            # the gate looks at all gated tensors that are due, whatever their group
-            all_lists = [[without_jump[p] for p in gated], [anchors[p] for p in gated], [drifts[p] for p in gated]]
-            _, _, coherent = reference.end_cycle(*all_lists, every=k, steps=n, beta=b, gate=gate)
-            want_W, want_V, _ = reference.end_cycle(*lists, every=k, steps=n, beta=b, gate=None)
-            for p, w, v, (e, a0, v0) in zip(ps, want_W, want_V, zip(*lists)):
-                still = gate is not None and not (bool((e != a0).any()) and bool(v0.any()))
-                opened = 0.0 if still or t < start else 1.0 if gate is None else coherent
-                w = e.double() + opened * (w - e.double())
-                assert_within_one_rounding(p, w, opened * n / k, e, a0, v0, v0)
+            rule = {"every": k, "steps": n, "beta": b, "gate": gate, "momentum": 0.9, "seen": t // k - 1}
+            want_W, want_V, gates = reference.end_cycle(*lists, **rule, jump=t >= start)
+            for p, w, v, x, (e, a0, v0) in zip(ps, want_W, want_V, gates, zip(*lists)):
+                slack = 0 if x in (0, 1) else (n / k * v.abs() + (e - a0).double().abs() / 2) / 256
+                assert_within_one_rounding(p, w, x * n / k, e, a0, v0, v0, slack=slack)
                 if "extra_drift" in optimizer.state[p]:
                     assert_within_one_rounding(optimizer.state[p]["extra_drift"], v, 0, e, a0, v0)
         for group in due:

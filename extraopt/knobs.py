@@ -1,0 +1,44 @@
+"""The knobs of the rule: their names, defaults and ranges."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+KNOBS = {"extra_every": 10, "extra_steps": 200, "extra_beta": None, "extra_gate": 0.5, "extra_start": 0}
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    try:
+        if not isinstance(value, bool) and operator.index(value) >= least:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"Invalid {name}: {value!r}. It must be an integer >= {least}.")
+
+
+def _fraction(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> float | None:
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, (bool, str)) and fits(float(value)):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"Invalid {name}: {value!r}. It must be None or a number in {allowed}.")
+
+
+def check_knobs(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs as plain int, float or None, which `torch.load(weights_only=True)` reads back.
+
+    Raises:
+        ValueError: a knob outside its range.
+    """
+    return {
+        "extra_every": _count("extra_every", knobs["extra_every"], 1),
+        "extra_steps": _count("extra_steps", knobs["extra_steps"], 0),
+        "extra_beta": _fraction("extra_beta", knobs["extra_beta"], "[0, 1)", lambda b: 0 <= b < 1),
+        "extra_gate": _fraction("extra_gate", knobs["extra_gate"], "(0, 1]", lambda g: 0 < g <= 1),
+        "extra_start": _count("extra_start", knobs["extra_start"], 0),
+    }

@@ -1,0 +1,109 @@
+"""Gates: how far each tensor dares, and what noise looks like to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from extraopt import ExtraAdam
+from extraopt.gate import coherence, momentum_coherence, openness
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.5])
+@pytest.mark.parametrize("every, beta", [(1, 0.5), (3, 0.5), (10, 0.0), (10, 0.95), (5, 0.9), (20, 0.9)])
+def test_noise_is_as_coherent_as_momentum_makes_it(every: int, beta: float, momentum: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cycles, size = int(4 / (1 - beta)) + 30, 4000
+    step, estimate = torch.zeros(2, size, dtype=torch.float64)
+    seen = []
+    for cycle in range(cycles):
+        drift = torch.zeros(size, dtype=torch.float64)
+        for _ in range(every):
+            step = momentum * step + torch.randn(size, generator=generator, dtype=torch.float64)
+            drift += step
+        if cycle >= cycles - 25:
+            seen.append(float(torch.nn.functional.cosine_similarity(drift, estimate, dim=0)))
+        estimate = beta * estimate + (1 - beta) * drift
+    assert momentum_coherence(every, beta, momentum) == pytest.approx(sum(seen) / len(seen), abs=0.015)
+
+
+@pytest.mark.parametrize("beta", [0.95, 0.5])
+def test_an_estimate_of_few_drifts_agrees_more_with_noise(beta: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    step = torch.zeros(20_000, dtype=torch.float64)
+    for _ in range(50):
+        step = 0.9 * step + torch.randn(20_000, generator=generator, dtype=torch.float64)
+    estimate = torch.zeros_like(step)
+    for seen in range(8):
+        drift = torch.zeros_like(step)
+        for _ in range(10):
+            step = 0.9 * step + torch.randn(20_000, generator=generator, dtype=torch.float64)
+            drift += step
+        if seen:
+            cosine = float(torch.nn.functional.cosine_similarity(drift, estimate, dim=0))
+            assert momentum_coherence(10, beta, 0.9, seen) == pytest.approx(cosine, abs=0.03)
+        estimate = beta * estimate + (1 - beta) * drift
+
+
+def test_without_momentum_noise_is_not_coherent_at_all() -> None:
+    assert momentum_coherence(10, 0.9, 0.0) == 0
+
+
+def test_gates_open_from_what_noise_shows_and_are_open_a_part_of_the_way_to_full_coherence() -> None:
+    cosines = torch.tensor([-1.0, 0.0, 0.2, 0.4, 0.6, 1.0], dtype=torch.float64)
+    assert openness(cosines, 0.5, torch.tensor(0.2)).tolist() == pytest.approx([0, 0, 0, 0.5, 1, 1])
+    assert openness(cosines, 1.0, torch.tensor(0.0)).tolist() == pytest.approx([0, 0, 0.2, 0.4, 0.6, 1], abs=1 / 512)
+    assert openness(cosines, None, torch.tensor(0.2)).tolist() == [1] * 6
+    assert all((256 * g).is_integer() for g in openness(cosines, 0.37, torch.tensor(0.11)).tolist())
+
+
+def test_coherence_of_what_stands_still_is_zero() -> None:
+    sums = torch.tensor([[2.0, 4, 4, 1], [0, 0, 4, 1], [0, 4, 0, 1], [-9, 4, 4, 1], [0, 0, 0, 0]], dtype=torch.float64)
+    assert coherence(sums).tolist() == [0.5, 0, 0, -1, 0]
+
+
+def _run(optimizer: torch.optim.Optimizer, gradient, steps: int) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(steps):
+        for i, p in enumerate(params):
+            p.grad = gradient(i, step, p)
+        optimizer.step()
+
+
+def test_a_straight_tensor_jumps_while_one_that_turns_back_retreats() -> None:
+    straight, turning = (torch.nn.Parameter(torch.zeros(5)) for _ in range(2))
+    optimizer = ExtraAdam([straight, turning], lr=0.01, betas=(0.0, 0.99), weight_decay=0, extra_every=2, extra_steps=8)
+    plain = torch.nn.Parameter(torch.zeros(5))
+    adamw = torch.optim.AdamW([plain], lr=0.01, betas=(0.0, 0.99), weight_decay=0)
+
+    def gradient(i: int, step: int, p: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(p, -1.0 if i == 0 or step < 2 else 1.0)
+
+    _run(optimizer, gradient, 4)
+    for step in range(4):
+        plain.grad = gradient(1, step, plain)
+        adamw.step()
+    assert optimizer.last_jump.jumped == 1
+    # b = 1 - 2/8, so the estimate of two drifts of 0.02 is (1 - b^2) of one, and 8/2 of it is jumped
+    assert straight.tolist() == pytest.approx([0.04 + 4 * (1 - 0.75**2) * 0.02] * 5, rel=1e-4)
+    assert plain.tolist() == pytest.approx([0.0] * 5, abs=1e-6)  # there and back
+    assert turning.tolist() == pytest.approx([0.01] * 5, rel=1e-4)  # there and half of the way back
+
+
+def test_on_pure_noise_it_wanders_less_far_than_adamw() -> None:
+    ours, theirs = (torch.nn.Parameter(torch.zeros(20_000)) for _ in range(2))
+    options = {"lr": 1e-3, "weight_decay": 0.0}
+    optimizer = ExtraAdam([ours], **options)
+    noise = [torch.randn(20_000, generator=torch.Generator().manual_seed(step)) for step in range(400)]
+    _run(optimizer, lambda i, step, p: noise[step], 400)
+    _run(torch.optim.AdamW([theirs], **options), lambda i, step, p: noise[step], 400)
+    assert optimizer.last_jump.gate < 0.1
+    assert float(ours.detach().norm()) < 0.8 * float(theirs.detach().norm())
+
+
+def test_on_a_straight_path_it_gets_further_than_adamw_by_the_horizon() -> None:
+    ours, theirs = (torch.nn.Parameter(torch.zeros(100)) for _ in range(2))
+    options = {"lr": 1e-3, "weight_decay": 0.0}
+    _run(ExtraAdam([ours], **options), lambda i, step, p: -torch.ones_like(p), 1000)
+    _run(torch.optim.AdamW([theirs], **options), lambda i, step, p: -torch.ones_like(p), 1000)
+    assert 13 < float((ours / theirs).mean().detach()) < 21  # 1 + N/k once the average has settled
