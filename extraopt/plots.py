@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .gate import momentum_coherence
+
 # Okabe and Ito's colours, which the colour-blind can tell apart; each with a marker, for print without colour
 BLUE, RED, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b7280"
 CYCLE = (BLUE, RED, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000", GREY)
@@ -111,8 +113,9 @@ def skill(report: dict[str, Any], path: Path) -> None:
         left.legend(frameon=False, fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     _tidy(left)
     right.axhline(0, color=GREY, linewidth=1)
-    right.axhline(0.4, color=RED, linewidth=1, linestyle="--")
-    right.text(steps[-1], 0.41, "ExtraAdam's gate fully open", color=RED, fontsize=8, ha="right", va="bottom")
+    floor = momentum_coherence(min(b - a for a, b in zip(steps, steps[1:])))
+    right.axhline(floor, color=RED, linewidth=1, linestyle="--")
+    right.text(steps[-1], floor + 0.01, "momentum alone", color=RED, fontsize=8, ha="right", va="bottom")
     right.plot(steps[1:-1], report["total"]["coherence"], color=BLUE, marker="o", ms=5, lw=1.8, zorder=3)
     right.set(xlabel="optimizer step", ylabel="cosine", xlim=(steps[0], steps[-1]))
     right.set_ylim(min(-0.2, *(c - 0.1 for c in report["total"]["coherence"])), 1.06)

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from ..cycle import averaging
-from ..gate import openness
+from ..gate import momentum_coherence, openness
+from ..knobs import KNOBS
 
-GATE = 0.4  # ExtraAdam's default extra_gate
 METHODS = {
     "secant": "the last drift goes on unchanged (RL-Extra, arXiv 2601.04537)",
     "ols": "the straight line through all checkpoints so far, by least squares",
     "damped": "the last drift, times how much of the drift before it came again in it",
-    "extra": "ExtraAdam's jump, its average settled: drifts averaged with extra_beta's default, times its gate",
+    "extra": "ExtraAdam's jump, its average settled: drifts averaged with extra_beta's default, times one gate for all",
 }
 WORTHWHILE = 0.05  # skill from which a horizon counts as within reach: less is noise on real runs
 
@@ -58,22 +58,6 @@ def coherence(gram: Tensor) -> list[float]:
     products = norms[:-1] * norms[1:]
     cosines = gram.diagonal(1) / products.where(products > 0, torch.inf)
     return [float(c) for c in cosines.clamp(-1, 1)]
-
-
-def momentum_coherence(gap: float, beta: float = 0.9) -> float:
-    """cos of consecutive drifts of `gap` steps each in a run without a direction, from the optimizer's momentum alone.
-
-    Gradients are taken for white noise and Adam's denominator for constant, so that a step is an exponential average of
-    noise with decay `beta` and a drift is a sum of `gap` of them: their covariances are geometric sums. Restoring
-    forces make real noise less coherent than this, so that it errs on the careful side.
-
-    Args:
-        gap: optimizer steps between checkpoints.
-        beta: AdamW's beta1, in [0, 1).
-    """
-    geometric = (1 - beta**gap) / (1 - beta)
-    variance = gap * (1 + beta) / (1 - beta) - 2 * beta * geometric / (1 - beta)
-    return float(beta * geometric**2 / variance)
 
 
 def chance(cosines: Sequence[float]) -> float:
@@ -134,7 +118,8 @@ def _jump(method: str, t: Tensor, gram: Tensor, start: int, target: int) -> Tens
     average /= average.sum()  # ExtraAdam's own starts at 0, which makes its first jumps short: not the path's fault
     before = average[1:]  # the estimate that the gate compares the newest drift with
     norms = float(rates[-1, -1].clamp(min=0) * (before @ rates[:-1, :-1] @ before).clamp(min=0)) ** 0.5
-    gate = openness(float(rates[-1, :-1] @ before) / norms, GATE) if norms > 0 else 0.0
+    floor = torch.tensor(momentum_coherence(every, beta, seen=start - 1))
+    gate = openness(rates[-1, :-1] @ before / norms, KNOBS["extra_gate"], floor) if norms > 0 else 0.0
     return gate * horizon * average / gaps
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .forecast import advise, chance, forecast, momentum_coherence, reach
+from ..gate import momentum_coherence
+from .forecast import advise, chance, forecast, reach
 from .paths import PAPER, Filter, Paths, measure
 from .read import Checkpoint, CheckpointError, check_same_family, open_checkpoint
 
