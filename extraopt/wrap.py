@@ -1,0 +1,327 @@
+"""Extra: the cycle of ExtraAdam around any other torch optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from .adam import ExtraAdam
+from .cycle import JumpReport, new_anchor, new_drift
+from .cycles import Cycles, group_keeps_drift, stands
+from .knobs import KNOBS, check_knobs
+
+_DEFAULTS: dict[str, Any] = KNOBS
+_PROFILED = Optimizer.profile_hook_step(len).__code__
+
+
+def _of_base(name: str) -> Any:
+    # never a copy: base optimizers, schedulers and loaders replace whole dicts and lists
+    return property(
+        lambda self: getattr(self.base_optimizer, name), lambda self, v: setattr(self.base_optimizer, name, v)
+    )
+
+
+class Extra(Optimizer, Cycles):
+    r"""Any optimizer, jumping ahead along the straight part of its own path.
+
+    The rule is that of :class:`~extraopt.ExtraAdam`, with the base optimizer's step in the place of AdamW's and, in the
+    gate, the momentum that the base names ``betas``, ``momentum`` or ``beta1`` in its groups (0 without any). Around
+    :class:`torch.optim.AdamW` it makes the same weights as ExtraAdam, bit for bit. The base optimizer's own state is
+    kept over a jump.
+
+    ``param_groups``, ``state`` and ``defaults`` are the base optimizer's: schedulers may hold either of the two.
+    Call ``step``, ``load_state_dict`` and ``add_param_group`` on this one.
+
+    Args:
+        base_optimizer (Optimizer): takes the real steps. Its parameters may be floating or complex tensors of any shape
+            and layout, on any device, DTensors too. Any ``extra_*`` below that stands in one of its groups holds for
+            that group.
+        extra_every (int, optional): :math:`k`, applied steps in a cycle, >= 1. After changing it during training call
+            :meth:`reset_anchor`.
+        extra_steps (int, optional): :math:`N`, steps to jump at the end of a cycle, >= 0; 0 is the base optimizer, bit
+            for bit, with no extra state
+        extra_beta (float, optional): :math:`b`, averaging of the drift over cycles, in [0, 1); None is
+            ExtraAdam's choice
+        extra_gate (float, optional): :math:`\gamma`, how coherent a path has to be for an open gate, in (0, 1]; None
+            keeps all gates open
+        extra_start (int, optional): applied steps before the first jump is allowed, >= 0
+
+    What they mean is said at ExtraAdam, whose defaults hold here.
+
+    Shapes:
+        ``state[p]`` holds the base optimizer's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights
+        before the cycle), ``extra_drift`` (:math:`V`; absent for ``extra_beta=0, extra_gate=None``), both of the shape,
+        dtype, device and layout of ``p``, ``extra_step`` (int, applied steps: calls of ``step`` in which ``p`` had a
+        gradient) and ``extra_origin`` (int, the applied step from which cycles are counted).
+
+    Loading:
+        ``load_state_dict`` takes the state of an Extra around the same kind of optimizer, or of that optimizer alone.
+        Knobs that the state lacks keep this optimizer's values. A parameter that comes without an anchor starts a new
+        cycle at its next step.
+
+    Raises:
+        TypeError: ``base_optimizer`` is not a torch optimizer.
+        ValueError: a knob outside its range; a base that jumps already; a base that has to call a closure within its
+            step (:class:`torch.optim.LBFGS`); a loaded anchor or drift whose shape is not the parameter's (the
+            optimizer is left as it was).
+        RuntimeError: a step captured in a CUDA graph; :meth:`jump` or :meth:`reset_anchor` while a schedule-free base
+            is in eval mode.
+
+    Warns:
+        RuntimeWarning: a tensor was refused because its weights, anchor or drift are not finite or its jump could
+            overflow its dtype. Its weights are left as the base made them and a new cycle starts from there.
+
+    .. note::
+        Schedule-free bases (those of ``schedulefree`` that have ``train`` and ``eval``) keep three sequences: the
+        weights in train mode, their average in eval mode, and ``state[p]["z"]``. Cycles are those of the weights in
+        train mode, and a jump moves all three by the same displacement. Any other base that keeps a second copy of the
+        weights in its state and writes it back (master weights) undoes the jump.
+
+    .. note::
+        Under a gradient scaler the scaler unscales and decides about a step, also where the base is ``fused``. Under
+        ``torch.compile`` the step runs uncompiled.
+
+    Example::
+
+        >>> optimizer = Extra(torch.optim.Muon(model.parameters(), lr=1e-3))
+        >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
+        >>> loss_fn(model(input), target).backward()
+        >>> optimizer.step()
+    """
+
+    # A scaler that left unscaling and skipping to a fused base would not say, without a wait for the device, whether
+    # the step was applied.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        *,
+        extra_every: int = _DEFAULTS["extra_every"],
+        extra_steps: int = _DEFAULTS["extra_steps"],
+        extra_beta: float | None = _DEFAULTS["extra_beta"],
+        extra_gate: float | None = _DEFAULTS["extra_gate"],
+        extra_start: int = _DEFAULTS["extra_start"],
+    ) -> None:
+        kind = type(base_optimizer)
+        if not isinstance(base_optimizer, Optimizer):
+            raise TypeError(f"Invalid base_optimizer: {kind.__name__} is not a torch.optim.Optimizer.")
+        if isinstance(base_optimizer, (Extra, ExtraAdam)):
+            raise ValueError(f"Invalid base_optimizer: {kind.__name__} jumps already.")
+        closure = inspect.signature(kind.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(
+                f"Invalid base_optimizer: {kind.__name__} calls a closure within its step, so there are no single "
+                "steps to make cycles of."
+            )
+        knobs = check_knobs(
+            {
+                **KNOBS,
+                "extra_every": extra_every,
+                "extra_steps": extra_steps,
+                "extra_beta": extra_beta,
+                "extra_gate": extra_gate,
+                "extra_start": extra_start,
+            }
+        )
+        checked = [check_knobs({**knobs, **group}) for group in base_optimizer.param_groups]
+        for group, values in zip(base_optimizer.param_groups, checked):
+            group.update(values)
+        base_optimizer.defaults.update(knobs)
+        # not torch's constructor, which would set up groups and state that are there already
+        self.__setstate__({"base_optimizer": base_optimizer})
+
+    base_optimizer: Optimizer
+    defaults = _of_base("defaults")
+    state = _of_base("state")
+    param_groups = _of_base("param_groups")
+    # Only schedule-free bases have these. Trainers call them where `hasattr` finds them.
+    train = _of_base("train")
+    eval = _of_base("eval")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base_optimizer": self.base_optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # The base is stepped without its hooks, so those registered on it run with ours: once, and after the jump.
+        self._optimizer_step_pre_hooks = self.base_optimizer._optimizer_step_pre_hooks
+        self._optimizer_step_post_hooks = self.base_optimizer._optimizer_step_post_hooks
+        # A cache, written in place and never rebound: wrappers that take on our class (Lightning's) share what we hold
+        # but not what we would assign.
+        self._last_jump: list[JumpReport] = []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, whose parameters start a cycle of their own at their first step.
+
+        Args:
+            param_group (dict): ``params`` and options, the ``extra_*`` knobs among them.
+
+        Raises:
+            ValueError: a knob outside its range.
+        """
+        if isinstance(param_group, dict):  # else the base says what is wrong with it
+            param_group.update(check_knobs({**self.defaults, **param_group}))
+        self.base_optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the base optimizer, in its own format, with the entries and knobs of the cycle in it."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict: dict[str, Any] = self.base_optimizer.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of an Extra around the same kind of optimizer, or of that optimizer alone.
+
+        Args:
+            state_dict (dict): what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: groups, knobs, or the shape of an anchor or drift do not fit. The optimizer is left as it was.
+        """
+        state_dict = state_dict.copy()  # hooks may write into it
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        own = self.state, self.param_groups
+        # the base's own method: 8-bit optimizers know which of their tensors must not be cast
+        self.base_optimizer.load_state_dict(state_dict)
+        try:
+            for i, (group, old) in enumerate(zip(self.param_groups, own[1])):
+                group.update(check_knobs({**self.defaults, **old, **group}))
+                for j, p in enumerate(group["params"]):
+                    self._take_over(p, f"parameter {j} in group {i}")
+        except ValueError:
+            self.state, self.param_groups = own
+            raise
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _take_over(self, p: Tensor, name: str) -> None:
+        state = self.state.get(p, {})
+        for key in state.keys() & {"extra_anchor", "extra_drift"}:
+            loaded = state[key]
+            if loaded.shape != p.shape:
+                raise ValueError(
+                    f"{key} of {name} has shape {tuple(loaded.shape)}, but the parameter has {tuple(p.shape)}: the "
+                    "state dict is of another model or another order of parameters."
+                )
+            # A copy: torch keeps the very tensors of a dict where dtype and device fit, and another optimizer that
+            # loads the same dict would then move this one's anchors. To the device: bitsandbytes leaves that undone.
+            state[key] = loaded.to(p.device, p.dtype, copy=True)
+
+    @_disable_dynamo
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single step of the base optimizer, and end the cycles that are due with it.
+
+        Args:
+            closure (Callable, optional): reevaluates the model and returns the loss. It is called once, before the
+                step.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: the step is being captured in a CUDA graph.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        stepped = [{p: None for p in group["params"] if p.grad is not None} for group in self.param_groups]
+        fresh = self._begin_cycles(stepped)
+        # Past the hooks and the profiler's range that torch puts around every step: those of our own step are running.
+        # Past a scheduler, too, that was made for the base and would warn that it never steps.
+        step: Any = type(self.base_optimizer).step
+        step = step.__wrapped__ if getattr(step, "__code__", None) is _PROFILED else step
+        self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
+        step(self.base_optimizer)
+
+        lanes = []
+        for group, params in zip(self.param_groups, stepped):
+            due = {}
+            for p in params:
+                if p in fresh:
+                    self.state[p].update(fresh[p])
+                state = self.state.get(p, {})
+                if "extra_anchor" not in state:
+                    continue
+                state["extra_step"] += 1
+                if (state["extra_step"] - self._origin(p)) % group["extra_every"] == 0:
+                    due[p] = state["extra_step"]
+            lanes += self._lane(group, due)
+        if lanes:
+            self._end(lanes)
+        return loss
+
+    def _begin_cycles(self, stepped: list[dict[Tensor, None]]) -> dict[Tensor, dict[str, Any]]:
+        """What has to be known of the weights before a step.
+
+        Returns:
+            The entries of parameters that begin their first cycle. They may join the state only after the step: most
+            optimizers set up their own entries where they find none at all.
+        """
+        fresh: dict[Tensor, dict[str, Any]] = {}
+        for group, params in zip(self.param_groups, stepped):
+            # A step with lr 0 moves nothing, but it may be the one by which torch.distributed.checkpoint fills a fresh
+            # state, before weights are loaded. Then the first step that moves takes the anchor: till then its origin is
+            # kept as a complement, which is negative.
+            standing = stands(group)
+            for p in params:
+                if group["extra_steps"] and p.is_cuda and torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        "Extra.step() cannot be captured in a CUDA graph: a replay would never end a cycle. Capture "
+                        "the forward and backward pass and call step() outside the graph, or set extra_steps=0."
+                    )
+                state = self.state.get(p, {})
+                if not {"extra_anchor", "extra_origin"} <= state.keys() or not {"extra_step", "step"} & state.keys():
+                    if not group["extra_steps"]:
+                        continue
+                    # a base that has stepped before, or was loaded from a run without jumps, may have counted its steps
+                    count = int(state.get("step", 0))
+                    fresh[p] = {
+                        "extra_anchor": new_anchor(p),
+                        "extra_step": count,
+                        "extra_origin": ~count if standing else count,
+                    }
+                    if group_keeps_drift(group) and "extra_drift" not in state:
+                        fresh[p]["extra_drift"] = new_drift(p)
+                    continue
+                if "extra_step" not in state:
+                    state["extra_step"] = int(state["step"])  # from an ExtraAdam
+                if state["extra_origin"] < 0 and not standing:
+                    state["extra_anchor"].copy_(p.detach())
+                    state["extra_origin"] = ~state["extra_origin"]
+        return fresh
+
+    @contextlib.contextmanager
+    def _moving(self, params: Iterable[Tensor]) -> Iterator[None]:
+        # A schedule-free base steps z and pulls the weights towards it, so z has to move along (and x and y in the
+        # variants that store them). The average that eval mode shows lies on the line through both and follows.
+        before = {p: new_anchor(p) for p in params if "train_mode" in self.param_groups[0]}
+        yield
+        for p, old in before.items():
+            for key in self.state[p].keys() & {"x", "y", "z"}:
+                self.state[p][key].add_(p.detach() - old)
+
+    def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], dict[Tensor, int]]]:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if "extra_step" in self.state.get(p, ())]
+            if params and not group.get("train_mode", True):
+                raise RuntimeError(
+                    "The weights are an average while the optimizer is in eval mode: call train() first."
+                )
+            if params:
+                yield group, {p: self.state[p]["extra_step"] for p in params}
