@@ -3,18 +3,21 @@
     python benchmarks/rlvr/compare.py --quick                                  # a look, under 5 minutes
     python benchmarks/rlvr/compare.py --json benchmarks/results/rlvr.json      # all of it: hours
 
-The grid, the seeds, the budget of steps and what counts as collapsed are fixed below. No run is stopped early. Finished
-runs are kept in FILE.partial as they end, so that a comparison that was cut off goes on where it was.
+The grid, the seeds, the budget of steps and what counts as collapsed are fixed below. No run is stopped early. Each run
+is written to FILE as it ends, and runs that FILE has from the same code are not repeated: a comparison that was cut off
+goes on where it was, and after a change of ExtraAdam only its own runs are made anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,29 +28,53 @@ import optimizers
 import torch
 from rich.progress import Progress
 
+import extraopt
+import extraopt.kernels.foreach
+
 SEEDS = (0, 1, 2, 3, 4)
 EVALUATE_EVERY = 10
-LAB = hashlib.sha256(Path(lab.__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+RULE = ("cycle.py", "gate.py", "knobs.py")
+Row = dict[str, Any]
 COLLAPSED = 0.5  # a run has collapsed if it ends below this fraction of the accuracy before training
 
+
+def _hash(paths: list[Path]) -> str:
+    """Of what the sources do: neither comments nor docstrings nor line breaks."""
+    digest = hashlib.sha256()
+    for path in paths:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body.pop(0)
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+LAB = _hash([Path(lab.__file__)])
+EXTRA = _hash([Path(extraopt.__file__).parent / name for name in RULE] + [Path(extraopt.kernels.foreach.__file__)])
+
+
+def code(name: str) -> str:
+    """The version of the code that a run of this optimizer depends on, as far as it is ours."""
+    return f"{LAB} {EXTRA}" if name.startswith("ExtraAdam") else LAB
+
+
 OURS = ("AdamW", "ExtraAdam")
-PEERS = (
+STRONG = (
+    "Outer Nesterov (0.7,0.9)",
     "RL-Extra (20,100) kept",
     "RL-Extra (20,100) reset",
-    "RL-Extra (100,100) kept",
-    "RL-Extra (100,100) reset",
     "Lookahead",
     "Schedule-free",
-    "Outer Nesterov (0.7,0.9)",
-    "Outer Nesterov (0.7,0.5)",
-    "EMA",
 )
+MORE = ("RL-Extra (100,100) kept", "RL-Extra (100,100) reset", "Outer Nesterov (0.7,0.5)", "EMA")
 LONG = ("RL-Extra (300,300) kept", "RL-Extra (300,300) reset")
+TOLD = ("ExtraAdam, told the reward",)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One task and algorithm: AdamW and ExtraAdam run at every `lrs`, other optimizers at every `peer_lrs`."""
+    """AdamW and ExtraAdam run at every `lrs`, strong peers at every `peer_lrs`, other peers at the last of them."""
 
     task: str
     algorithm: str
@@ -59,15 +86,16 @@ class Cell:
     peer_lrs: tuple[float, ...]
 
 
+Run = tuple[Cell, str, float, int]
 CELLS = (
-    Cell("addition", "GRPO", 512, "full", 240, (3e-5, 1e-4, 3e-4, 1e-3), PEERS, (1e-4, 3e-4)),
-    Cell("addition", "GRPO", 64, "full", 400, (1e-5, 3e-5, 1e-4, 3e-4), PEERS + LONG, (3e-5, 1e-4)),
-    Cell("addition", "GRPO", 512, "LoRA", 240, (3e-4, 1e-3, 3e-3), PEERS[:1] + PEERS[6:7], (1e-3,)),
-    Cell("addition", "REINFORCE++", 512, "full", 240, (3e-5, 1e-4, 3e-4), PEERS[:1] + PEERS[6:7], (3e-4,)),
-    Cell("addition", "GSPO", 512, "full", 240, (3e-5, 1e-4, 3e-4), PEERS[:1] + PEERS[6:7], (3e-4,)),
-    Cell("spell_backward", "GRPO", 512, "full", 240, (3e-5, 1e-4, 3e-4), PEERS, (3e-4,)),
-    Cell("near_zero", "GRPO", 512, "full", 240, (3e-5, 1e-4, 3e-4), PEERS, (3e-4,)),
-    Cell("supervised", "cross-entropy", 64, "full", 400, (1e-4, 3e-4, 1e-3, 3e-3), PEERS + LONG, (1e-3,)),
+    Cell("addition", "GRPO", 512, "full", 240, (3e-5, 1e-4, 3e-4, 1e-3), STRONG + MORE + TOLD, (1e-4, 3e-4)),
+    Cell("addition", "GRPO", 64, "full", 400, (1e-5, 3e-5, 1e-4, 3e-4), STRONG + MORE + LONG + TOLD, (3e-5, 1e-4)),
+    Cell("addition", "GRPO", 512, "LoRA", 160, (3e-4, 1e-3, 3e-3), STRONG[:2], (1e-3,)),
+    Cell("addition", "REINFORCE++", 512, "full", 160, (1e-4, 3e-4, 1e-3), STRONG[:2], (3e-4,)),
+    Cell("addition", "GSPO", 512, "full", 160, (3e-5, 1e-4, 3e-4), STRONG[:2], (3e-4,)),
+    Cell("spell_backward", "GRPO", 512, "full", 160, (3e-5, 1e-4, 3e-4), STRONG, (3e-4,)),
+    Cell("near_zero", "GRPO", 512, "full", 160, (1e-4, 3e-4, 1e-3), STRONG, (3e-4,)),
+    Cell("supervised", "cross-entropy", 64, "full", 400, (1e-4, 3e-4, 1e-3, 3e-3), STRONG + MORE + LONG, (3e-4, 1e-3)),
 )
 QUICK = (
     Cell("addition", "GRPO", 64, "full", 100, (1e-4,), ("Outer Nesterov (0.7,0.9)", "RL-Extra (20,100) kept"), (1e-4,)),
@@ -79,7 +107,7 @@ def weak_policy(task_name: str, seed: int) -> tuple[lab.Task, lab.Policy]:
     """The task and its policy before training; pre-training is done once for each task and seed."""
     task = lab.TASKS[task_name](seed)
     same = "addition" if task_name == "supervised" else task_name
-    kept = Path(tempfile.gettempdir()) / f"extraopt-rlvr-{os.getuid()}" / f"{same}-{seed}-{LAB}.pt"
+    kept = Path(tempfile.gettempdir()) / f"extraopt-rlvr-{os.getuid()}" / f"{same}-{seed}-{LAB}-{torch.__version__}.pt"
     if kept.exists():
         policy = lab.Policy(task.prompts.shape[1] + task.answers.shape[1])
         policy.load_state_dict(torch.load(kept, weights_only=True))
@@ -92,21 +120,33 @@ def weak_policy(task_name: str, seed: int) -> tuple[lab.Task, lab.Policy]:
     return task, policy
 
 
-def run(cell: Cell, name: str, lr: float, seed: int) -> dict[str, Any]:
+def run(
+    cell: Cell,
+    name: str,
+    lr: float,
+    seed: int,
+    build: Callable[[str, lab.Policy, float], optimizers.Trained] = optimizers.build,
+    schedule: str = "",
+) -> dict[str, Any]:
     """One run, as a row of the results."""
     torch.set_num_threads(1)
     task, policy = weak_policy(cell.task, seed)
     if cell.tuning == "LoRA":
         lab.add_lora(policy, seed)
-    trained = optimizers.build(name, policy, lr)
+    trained = build(name, policy, lr)
+    fades = {"": lambda step: 1.0, "linear": lambda step: 1 - step / cell.steps}[schedule]
     generator = torch.Generator().manual_seed(5000 + seed)
     curve = [[0, policy.accuracy(task)]]
     jumps: list[list[float]] = []
     wall, cpu, step = time.perf_counter(), time.process_time(), 0
     while step < cell.steps:
-        for loss in lab.losses(policy, task, cell.algorithm, cell.rollouts, generator):
+        for loss, reward in lab.losses(policy, task, cell.algorithm, cell.rollouts, generator):
+            if reward is not None:
+                trained.tell(reward)
             trained.optimizer.zero_grad()
             loss().backward()
+            for group in trained.optimizer.param_groups if schedule else ():
+                group["lr"] = lr * fades(step)
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             trained.step()
             step += 1
@@ -128,56 +168,65 @@ def run(cell: Cell, name: str, lr: float, seed: int) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - wall, 1),
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "jumps": jumps,
+        "code": code(name),
     }
 
 
-def runs(cells: tuple[Cell, ...], seeds: tuple[int, ...]) -> list[tuple[Cell, str, float, int]]:
-    """All runs of `cells`, seed by seed."""
-    return [
-        (cell, name, lr, seed)
-        for seed in seeds
+def runs(cells: tuple[Cell, ...], seeds: tuple[int, ...]) -> list[Run]:
+    """All runs of `cells`: AdamW and ExtraAdam, seed by seed, and then the peers, seed by seed."""
+    ours = [(cell, name, lr) for cell in cells for lr in cell.lrs for name in OURS]
+    theirs = [
+        (cell, name, lr)
         for cell in cells
-        for names, lrs in ((OURS, cell.lrs), (cell.peers, cell.peer_lrs))
-        for lr in lrs
-        for name in names
+        for name in cell.peers
+        for lr in (cell.peer_lrs if name in STRONG else cell.peer_lrs[-1:])
     ]
+    return [(*run, seed) for group in (ours, theirs) for seed in seeds for run in group]
 
 
 def _key(cell: Cell, name: str, lr: float, seed: int) -> str:
+    """What makes a run the same as one in a file: the grid's entry, and the code that it went through."""
     place = {k: v for k, v in asdict(cell).items() if k in ("task", "algorithm", "rollouts", "tuning", "steps")}
-    return json.dumps([place, name, lr, seed])
+    return json.dumps([place, name, lr, seed, code(name)])
+
+
+def _row_key(row: Row) -> str:
+    place = {"task": row["task"], "algorithm": row["algorithm"]} | row["settings"]
+    return json.dumps([place, row["optimizer"], row["lr"], row["seed"], row["code"]])
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """One row a line. The file is whole at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    beside.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    beside.replace(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two short cells, one seed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go")
+    parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="only the first so many seeds")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
-    todo = runs(QUICK, SEEDS[:1]) if args.quick else runs(CELLS, SEEDS)
-    partial = args.json.with_suffix(".partial") if args.json else None
-    rows = {}
-    if partial and partial.exists():
-        rows = dict(json.loads(line) for line in partial.read_text().splitlines())
+    todo = runs(QUICK, SEEDS[:1]) if args.quick else runs(CELLS, SEEDS[: args.seeds])
+    todo = [r for r in todo if not args.optimizers or r[1] in args.optimizers]
+    done = {_row_key(row): row for row in json.loads(args.json.read_text())} if args.json and args.json.exists() else {}
     with ProcessPoolExecutor(args.workers) as pool, Progress() as progress:
-        started = {pool.submit(run, *r): _key(*r) for r in todo if _key(*r) not in rows}
+        started = {pool.submit(run, *r): _key(*r) for r in todo if _key(*r) not in done}
         bar = progress.add_task("runs", total=len(todo), completed=len(todo) - len(started))
         for future in as_completed(started):
-            row = rows[started[future]] = future.result()
-            if partial:
-                with partial.open("a") as f:
-                    f.write(json.dumps([started[future], row]) + "\n")
+            row = done[started[future]] = future.result()
+            if args.json:
+                write(list(done.values()), args.json)
             progress.advance(bar)
             what = f"{row['task']} {row['algorithm']} {row['settings']['rollouts']} {row['settings']['tuning']}"
             progress.console.print(
                 f"{what:40} lr {row['lr']:<8g} seed {row['seed']} {row['optimizer']:26} "
                 f"{row['curve'][0][1]:.3f} -> {row['curve'][-1][1]:.3f}"
             )
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        ordered = [rows[_key(*r)] for r in todo]
-        args.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in ordered) + "\n]\n")
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

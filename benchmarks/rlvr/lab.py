@@ -216,7 +216,8 @@ def supervised_loss(policy: Policy, prompts: Tensor, answers: Tensor) -> Tensor:
 class Rollouts:
     """Answers to score: prompts [b, P], answers [b, g, T], log-probabilities when sampled [b, g, T], advantages [b, g].
 
-    `size` answers were sampled. Prompts whose answers all have advantage 0 add nothing to a gradient and are left out.
+    `size` answers were sampled, with a mean reward of `reward`. Prompts whose answers all have advantage 0 add nothing
+    to a gradient and are left out.
     """
 
     prompts: Tensor
@@ -225,6 +226,7 @@ class Rollouts:
     counts: Tensor
     advantages: Tensor
     size: int
+    reward: float
 
     def split(self, parts: int) -> list[Rollouts]:
         pieces = []
@@ -232,7 +234,7 @@ class Rollouts:
         for piece in zip(*(x.chunk(parts) for x in whole)):
             told = (piece[-1] != 0).any(1)
             told[0] = True  # a loss needs something to stand on
-            pieces.append(Rollouts(*(x[told] for x in piece), size=piece[-1].numel()))
+            pieces.append(Rollouts(*(x[told] for x in piece), size=piece[-1].numel(), reward=self.reward))
         return pieces
 
 
@@ -284,21 +286,26 @@ def generate(policy: Policy, task: Task, algorithm: Algorithm, rollouts: int, ge
     """Sample and score the answers of one generation: `STEPS_PER_GENERATION` optimizer steps of `rollouts` each."""
     prompts, right = task.batch(STEPS_PER_GENERATION * rollouts // algorithm.group, generator)
     answers, logp, counts = policy.sample(prompts, algorithm.group, right.shape[1], generator)
-    advantages = algorithm.advantages((answers == right[:, None]).all(2).float())
-    return Rollouts(prompts, answers, logp, counts, advantages, advantages.numel())
+    rewards = (answers == right[:, None]).all(2).float()
+    return Rollouts(
+        prompts, answers, logp, counts, algorithm.advantages(rewards), rewards.numel(), float(rewards.mean())
+    )
 
 
 def losses(
     policy: Policy, task: Task, algorithm: str, rollouts: int, generator: torch.Generator
-) -> Iterator[Callable[[], Tensor]]:
-    """The losses of the next optimizer steps, to be called one after the other: of one generation, or of one batch."""
+) -> Iterator[tuple[Callable[[], Tensor], float | None]]:
+    """The losses of the next optimizer steps, to be called one after the other, each with a reward or None.
+
+    They are those of one generation, whose mean reward stands beside the first, or that of one batch, without a reward.
+    """
     if algorithm == "cross-entropy":
         batch = task.batch(rollouts, generator)
-        yield lambda: supervised_loss(policy, *batch)
+        yield lambda: supervised_loss(policy, *batch), None
         return
     chosen = ALGORITHMS[algorithm]
-    for part in generate(policy, task, chosen, rollouts, generator).split(STEPS_PER_GENERATION):
-        yield lambda part=part: chosen.loss(policy, part)
+    for i, part in enumerate(generate(policy, task, chosen, rollouts, generator).split(STEPS_PER_GENERATION)):
+        yield (lambda part=part: chosen.loss(policy, part)), part.reward if i == 0 else None
 
 
 def add_lora(policy: Policy, seed: int, rank: int = 8) -> None:

@@ -25,10 +25,20 @@ class Trained:
         """One real step, and whatever the method does after it."""
         self.optimizer.step()
 
+    def tell(self, reward: float) -> None:
+        """The mean reward of the answers that the next step learns from: most methods do not ask."""
+
     @contextlib.contextmanager
     def kept(self) -> Iterator[nn.Module]:
         """The model with the weights that the method would evaluate and save."""
         yield self.model
+
+
+class Reported(Trained):
+    """ExtraAdam that is told the rewards, and takes back jumps after which they fell."""
+
+    def tell(self, reward: float) -> None:
+        self.optimizer.report(reward)
 
 
 class ResetAtJump(Trained):
@@ -102,6 +112,8 @@ def build(name: str, model: nn.Module, lr: float) -> Trained:
         return Trained(model, AdamW(params, lr, **ADAMW))
     if name == "ExtraAdam":
         return Trained(model, ExtraAdam(params, lr, **ADAMW))
+    if name == "ExtraAdam, told the reward":
+        return Reported(model, ExtraAdam(params, lr, **ADAMW))
     if name.startswith("RL-Extra"):  # RL-Extra (20,100) kept
         k, n = map(int, name[name.index("(") + 1 : name.index(")")].split(","))
         return (ResetAtJump if name.endswith("reset") else Trained)(model, _rl_extra(k, n, params, lr))
