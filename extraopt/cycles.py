@@ -166,7 +166,8 @@ class Cycles:
         """
         if not all(group_keeps_drift(group) for group in self.param_groups):
             raise RuntimeError("report() needs the drift estimate, which extra_beta=0, extra_gate=None does not keep.")
-        value = mean_over_ranks(metric, self.param_groups[0]["params"])
+        device = next(p.device for group in self.param_groups for p in group["params"])
+        value = mean_over_ranks(metric, device)
         for group in self.param_groups:
             group.setdefault("extra_scale", 1.0)
         first = self.param_groups[0]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 Window = tuple[float, float, float]
 """Count, mean and sum of squared deviations of the values reported in a stretch of training."""
@@ -34,10 +32,10 @@ def worse(before: Window, after: Window) -> bool:
     return later < mean - SIGNIFICANT * math.sqrt(variance * (1 / n + 1 / m))
 
 
-def mean_over_ranks(value: float, params: Sequence[Tensor]) -> float:
+def mean_over_ranks(value: float, device: torch.device) -> float:
     """The mean of `value` over the ranks of torch.distributed, all of which must call; `value` without it."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return float(value)
-    mean = torch.tensor(float(value), dtype=torch.float32, device=params[0].device)
+    mean = torch.tensor(float(value), dtype=torch.float32, device=device)
     torch.distributed.all_reduce(mean)
     return float(mean) / torch.distributed.get_world_size()
