@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -26,6 +27,14 @@ def rlvr() -> Iterator[SimpleNamespace]:
         import report
 
         yield SimpleNamespace(compare=compare, lab=lab, optimizers=optimizers, report=report)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A run of the comparison takes one thread, for good."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +130,25 @@ def test_speed_is_steps_to_the_same_accuracy(rlvr: SimpleNamespace) -> None:
     assert cell.best_lr("AdamW") == 1e-4 and list(cell.same_lr()) == [1e-4]
     assert "| addition, GRPO, 512 a step, full |" in report.summary([cell])
     assert dataclasses.is_dataclass(rlvr.compare.Cell)
+
+
+def test_on_addition_it_beats_adamw_at_the_same_learning_rate_and_does_not_collapse_at_three_times_the_best(
+    rlvr: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison in small: noisy GRPO, 100 steps, three seeds; AdamW's best learning rate is 1e-4 here."""
+    cell = rlvr.compare.Cell("addition", "GRPO", 64, "full", 100, (1e-4, 3e-4), (), ())
+    for seed in range(3):
+        task = rlvr.lab.TASKS["addition"](seed)
+        weak = rlvr.lab.pretrain(task, seed, steps=300)
+
+        def weak_policy(name: str, of: int, task=task, weak=weak) -> tuple[object, torch.nn.Module]:
+            return task, copy.deepcopy(weak)
+
+        monkeypatch.setattr(rlvr.compare, "weak_policy", weak_policy)
+        ends = {}
+        for name, lr in ("AdamW", 1e-4), ("ExtraAdam", 1e-4), ("ExtraAdam", 3e-4):
+            row = rlvr.compare.run(cell, name, lr, seed)
+            assert not row["collapsed"]
+            ends[name, lr] = rlvr.report.final(row) - row["curve"][0][1]
+        assert ends["ExtraAdam", 1e-4] > 1.1 * ends["AdamW", 1e-4] > 0, (seed, ends)
+        assert ends["ExtraAdam", 3e-4] > 0, (seed, ends)
