@@ -25,8 +25,9 @@ def rlvr() -> Iterator[SimpleNamespace]:
         import lab
         import optimizers
         import report
+        import study
 
-        yield SimpleNamespace(compare=compare, lab=lab, optimizers=optimizers, report=report)
+        yield SimpleNamespace(compare=compare, lab=lab, optimizers=optimizers, report=report, study=study)
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +97,23 @@ def test_every_optimizer_of_the_grid_trains_and_shows_its_weights(rlvr: SimpleNa
         steps = {int(s["step"]) for s in trained.optimizer.state.values() if "step" in s}
         if name == "RL-Extra (20,100) reset":
             assert steps == {1}
+
+
+def test_the_rule_of_the_study_is_extra_adam_where_nothing_is_switched(rlvr: SimpleNamespace, small) -> None:
+    task, policy = small
+    ends = []
+    for name in "ExtraAdam", "default":
+        model = copy.deepcopy(policy)
+        trained = rlvr.study.build(name, model, 1e-3)
+        generator = torch.Generator().manual_seed(4)
+        for _ in range(50):
+            ((loss, _),) = rlvr.lab.losses(model, task, "cross-entropy", 64, generator)
+            trained.optimizer.zero_grad()
+            loss().backward()
+            trained.step()
+        ends.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+    started = torch.nn.utils.parameters_to_vector(policy.parameters()).detach()
+    assert float((ends[0] - ends[1]).norm()) < 0.02 * float((ends[0] - started).norm())
 
 
 def test_the_grid_is_run_once_each_and_learning_rates_reach_past_the_best(rlvr: SimpleNamespace) -> None:

@@ -89,10 +89,14 @@ class Cell:
         mine = self.rows["ExtraAdam"][self.best_lr("ExtraAdam")]
         return statistics.median(speedup(self.rows[optimizer][self.best_lr(optimizer)], mine))
 
+    @property
+    def peers(self) -> list[str]:
+        """The other optimizers."""
+        return [o for o in self.rows if o != "AdamW" and not o.startswith("ExtraAdam")]
+
     def best_peer(self) -> str:
-        """The other optimizer, AdamW left out, with the highest median accuracy at its best learning rate."""
-        peers = [o for o in self.rows if o not in ("AdamW", "ExtraAdam")]
-        return max(peers, key=lambda o: self.median(o, self.best_lr(o)))
+        """The one with the highest median accuracy at its best learning rate; there must be one."""
+        return max(self.peers, key=lambda o: self.median(o, self.best_lr(o)))
 
 
 def _table(header: list[str], lines: list[list[str]]) -> str:
@@ -115,14 +119,13 @@ def summary(cells: list[Cell]) -> str:
             for lr in trained
         )
         collapsed = [r for lr in trained for r in cell.rows["ExtraAdam"][lr] if r["collapsed"]]
-        peers = [o for o in cell.rows if o not in ("AdamW", "ExtraAdam")]
         lines.append(
             [
                 cell.name,
                 ", ".join(f"{lr:g}: {_number(x)}" for lr, x in sorted(same.items())),
                 _number(geometric_mean(list(same.values()))),
                 _number(cell.against("AdamW")),
-                f"{_number(cell.against(cell.best_peer()))} ({cell.best_peer()})" if peers else "",
+                f"{_number(cell.against(cell.best_peer()))} ({cell.best_peer()})" if cell.peers else "",
                 f"{worst:+.1f}",
                 f"{len(collapsed)}",
             ]
@@ -170,7 +173,7 @@ def picture(cell: Cell, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    shown = ["AdamW", "ExtraAdam"] + [cell.best_peer()] * (len(cell.rows) > 2)
+    shown = ["AdamW", "ExtraAdam", *([cell.best_peer()] if cell.peers else [])]
     for optimizer, colour in zip(shown, ("#666666", "#0072b2", "#d55e00")):
         lr = cell.best_lr(optimizer)
         curves = [[a for _, a in r["curve"]] for r in cell.rows[optimizer][lr]]

@@ -1,0 +1,290 @@
+"""GRPO on a language model: AdamW, ExtraAdam and RL-Extra; all weights and LoRA; several tasks, learning rates, seeds.
+
+    python benchmarks/grpo_llm.py --json FILE                   # SmolLM2-135M: hours on 2 cores
+    python benchmarks/grpo_llm.py --preset qwen --json FILE     # a GPU and the hub
+    python benchmarks/grpo_llm.py --preset paper --json FILE    # the paper's model and settings
+    python benchmarks/grpo_llm.py --report FILE                 # table and picture of what FILE has
+
+The trainer is TRL's own. Each run is written to FILE when it ends and is not repeated; one that was cut off resumes
+from its last checkpoint. A run's curve is the mean reward of each step's completions, sampled before the step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import platform
+import shutil
+import statistics
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import reasoning_gym
+import torch
+import transformers
+import typer
+from matplotlib.figure import Figure
+from peft import LoraConfig
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig, GRPOTrainer
+
+from extraopt import ExtraAdam
+from extraopt.integrations.transformers import ExtraCallback
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "grpo_smollm2.py"
+spec = importlib.util.spec_from_file_location("grpo_smollm2", EXAMPLE)
+assert spec and spec.loader
+demo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(demo)
+
+PAPER = {"extra_every": 20, "extra_steps": 100, "extra_beta": 0.0, "extra_gate": None}
+OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "AdamW": (torch.optim.AdamW, {}),
+    "ExtraAdam": (ExtraAdam, {}),
+    "RL-Extra (20,100)": (ExtraAdam, PAPER),
+}
+COLOURS = {"AdamW": "#64748b", "ExtraAdam": "#0072b2", "RL-Extra (20,100)": "#d55e00"}
+WINDOW = 20  # steps that a level is averaged over: one step's completions are few
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and how it is trained.
+
+    Attributes:
+        tasks: name of each task; options where it is one of reasoning-gym's; tokens of its longest completion.
+        lrs: learning rates by tuning; RL-Extra runs at the first.
+        prompts, group: questions in an optimizer step, and completions to each.
+        generations: optimizer steps on one batch of completions.
+        chat: whether questions are put in the model's chat format, or left for it to write on.
+    """
+
+    model: str
+    tasks: dict[str, tuple[dict[str, Any], int]]
+    lrs: dict[str, tuple[float, float]]
+    steps: int
+    prompts: int
+    group: int
+    generations: int = 1
+    micro_batch: int = 8
+    chat: bool = True
+    seeds: tuple[int, ...] = (0,)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+PRESETS = {
+    "smollm2": Preset(
+        demo.BUNDLED, {"chain_sum": (ONE_DIGIT, 4), "products": (ONE_DIGIT, 4)},
+        {"LoRA": (1e-4, 3e-4), "full": (3e-6, 1e-5)}, steps=100, prompts=8, group=4, micro_batch=32, chat=False,
+    ),
+    "qwen": Preset(
+        "Qwen/Qwen2.5-0.5B-Instruct", {"openai/gsm8k": ({}, 384)}, {"LoRA": (1e-5, 3e-5), "full": (1e-6, 3e-6)},
+        steps=300, prompts=32, group=8, micro_batch=16,
+    ),
+    # arXiv 2601.04537, as far as its scripts say
+    "paper": Preset(
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", {"agentica-org/DeepScaleR-Preview-Dataset": ({}, 16384)},
+        {"full": (1e-6, 3e-6)}, steps=400, prompts=64, group=16, generations=2, micro_batch=1,
+        options={"use_vllm": True, "vllm_mode": "colocate", "loss_type": "grpo", "weight_decay": 0.01},
+    ),
+}  # fmt: skip
+
+
+class Clock(TrainerCallback):
+    """The seconds of each step, in the log, and the bar's progress."""
+
+    def __init__(self, progress: Progress, bar: TaskID) -> None:
+        self.progress, self.bar, self.last = progress, bar, time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.last = time.perf_counter()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "reward" in logs:
+            now = time.perf_counter()
+            state.log_history[-1]["seconds"], self.last = now - self.last, now
+            self.progress.update(self.bar, completed=state.global_step, note=f"reward {logs['reward']:.2f}")
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{len(names)} cores of {names[0].partition(':')[2].strip()}" if names else platform.machine()
+
+
+def load(preset: Preset, task: str, seed: int) -> tuple[list[dict[str, Any]], Any]:
+    options, _ = preset.tasks[task]
+    if "/" in task:
+        rows, score = demo.load_task(task, seed)
+    else:
+        made = reasoning_gym.create_dataset(task, size=2000, seed=seed, **options)
+        rows = [{"prompt": entry["question"], "truth": i} for i, entry in enumerate(made)]
+        score = lambda text, i: float(made.score_answer(text.strip(), made[i]))  # noqa: E731
+    if preset.chat:
+        rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    return rows, score
+
+
+def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    """One run, as a row of the results."""
+    rows, score = load(preset, run["task"], run["seed"])
+
+    def reward(completions: list[Any], truth: list[Any], **kwargs: Any) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        return [score(text, t) for text, t in zip(texts, truth)]
+
+    gpu = torch.cuda.is_available()
+    accumulation = preset.prompts * preset.group // preset.micro_batch
+    config = GRPOConfig(
+        str(folder), max_steps=preset.steps, learning_rate=run["lr"], lr_scheduler_type="constant", seed=run["seed"],
+        per_device_train_batch_size=preset.micro_batch, gradient_accumulation_steps=accumulation,
+        steps_per_generation=preset.generations * accumulation, num_generations=preset.group,
+        max_completion_length=preset.tasks[run["task"]][1], epsilon=0.2, epsilon_high=0.28, beta=0.0,
+        bf16=gpu and torch.cuda.is_bf16_supported(), gradient_checkpointing=gpu, logging_steps=1, disable_tqdm=True,
+        report_to="none", save_strategy="steps", save_steps=20, save_total_limit=1, dataloader_pin_memory=False,
+        **preset.options,
+    )  # fmt: skip
+    transformers.set_seed(config.seed)
+    path = str(demo.bundled_model()) if preset.model == demo.BUNDLED else preset.model
+    kind, knobs = OPTIMIZERS[run["optimizer"]]
+    bar = progress.add_task(
+        f"{run['task']} {run['tuning']} {run['optimizer']} {run['lr']:g}", total=preset.steps, note=""
+    )
+    callbacks: list[TrainerCallback] = [Clock(progress, bar)] + [ExtraCallback()] * (kind is ExtraAdam)
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        reward_funcs=reward,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        peft_config=LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM") if run["tuning"] == "LoRA" else None,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.optimizer_cls_and_kwargs = (kind, {"lr": run["lr"], "fused": True, **knobs})
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    jumps = [[log["step"], log["extra/coherence"], log["extra/gate"]] for log in logs if "extra/gate" in log]
+    shutil.rmtree(folder)
+    progress.remove_task(bar)
+    return {
+        **run,
+        "curve": [[log["step"], round(log["reward"], 4)] for log in logs],
+        "jumps": [[step, round(cosine, 3), round(gate, 3)] for step, cosine, gate in jumps],
+        "seconds": round(sum(log["seconds"] for log in logs), 1),
+    }
+
+
+def level(row: dict[str, Any], end: int) -> float:
+    """The mean reward of the last `WINDOW` steps up to step `end`."""
+    return statistics.mean(reward for step, reward in row["curve"] if end - WINDOW < step <= end)
+
+
+def steps_to(row: dict[str, Any], target: float) -> float:
+    return next((s for s, _ in row["curve"] if s >= WINDOW and level(row, s) >= target), float("inf"))
+
+
+def report(rows: list[dict[str, Any]], path: Path) -> str:
+    """A table, and a picture at `path`."""
+    places = sorted({(row["task"], row["tuning"]) for row in rows})
+    lines = []
+    figure = Figure(figsize=(6 * len(places), 4), dpi=110, layout="constrained")
+    for axes, place in zip(figure.subplots(1, len(places), squeeze=False)[0], places):
+        here = [row for row in rows if (row["task"], row["tuning"]) == place]
+        for name, lr in sorted({(row["optimizer"], row["lr"]) for row in here}):
+            own = [row for row in here if (row["optimizer"], row["lr"]) == (name, lr)]
+            last = own[0]["curve"][-1][0]
+            theirs = {row["seed"]: row for row in here if row["optimizer"] == "AdamW" and row["lr"] == lr}
+            ends = [level(row, last) for row in own]
+            faster = [
+                steps_to(theirs[row["seed"]], target) / steps_to(row, target)
+                for row in own
+                if row["seed"] in theirs and (target := level(theirs[row["seed"]], last)) is not None
+            ]
+            lines.append(
+                f"| {place[0]} | {place[1]} | {name} | {lr:g} | {statistics.median(ends):.3f} |"
+                f" {statistics.mean(r for row in own for _, r in row['curve']):.3f} |"
+                f" {f'{statistics.median(faster):.2f}x' if faster else ''} | {len(own)} |"
+                f" {statistics.median(row['seconds'] for row in own):.0f} |"
+            )
+            steps = range(WINDOW, last + 1)
+            curve = [statistics.median(level(row, s) for row in own) for s in steps]
+            dashed = lr != min(row["lr"] for row in here)
+            axes.plot(steps, curve, color=COLOURS[name], ls="--" if dashed else "-", label=f"{name}, lr {lr:g}")
+        axes.set(title=", ".join(place), xlabel="optimizer step", ylabel=f"reward, mean of {WINDOW} steps")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    columns = "task tuning optimizer lr last mean speed seeds seconds".split()
+    columns[4], columns[6] = f"reward, last {WINDOW} steps", "AdamW's steps to its last level / steps to it"
+    return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines])
+
+
+def main(
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "smollm2",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the rows go.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds; default: the preset's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of a run; default: the preset's.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder for checkpoints of the run under way.")] = Path("runs/grpo_llm"),
+    report_file: Annotated[
+        Path | None, typer.Option("--report", help="Only the table and picture of this file.")
+    ] = None,
+) -> None:
+    """Train a language model by GRPO with each optimizer, and compare rewards."""
+    if report_file is not None:
+        print(report(json.loads(report_file.read_text()), report_file.with_suffix(".png")))
+        return
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}")
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    chosen = PRESETS[preset]
+    if steps is not None:
+        chosen = Preset(**{**chosen.__dict__, "steps": steps})
+    settings = {"model": chosen.model, "steps": chosen.steps, "completions": chosen.prompts * chosen.group}
+    runs = [
+        {
+            "optimizer": name,
+            "settings": settings,
+            "task": task,
+            "algorithm": "GRPO",
+            "tuning": tuning,
+            "lr": lr,
+            "seed": s,
+        }
+        for s in (range(seeds) if seeds is not None else chosen.seeds)
+        for tuning, lrs in chosen.lrs.items()
+        for task in chosen.tasks
+        for name in OPTIMIZERS
+        for lr in (lrs[:1] if name.startswith("RL-Extra") else lrs)
+    ]
+    rows = json.loads(json_file.read_text()) if json_file and json_file.exists() else []
+    with Progress(*Progress.get_default_columns(), "{task.fields[note]}", console=Console(stderr=True)) as progress:
+        bar = progress.add_task("runs", total=len(runs), note="")
+        for run in runs:
+            if not any(all(row[key] == value for key, value in run.items()) for row in rows):
+                words = (run["task"], run["tuning"], run["optimizer"], f"{run['lr']:g}", str(run["seed"]))
+                folder = work / "-".join(words).replace("/", "-").replace(" ", "")
+                rows.append(train(chosen, run, folder, progress) | {"machine": machine()})
+                if json_file is not None:
+                    json_file.parent.mkdir(parents=True, exist_ok=True)
+                    json_file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+            progress.advance(bar)
+    if json_file is not None:
+        print(report(rows, json_file.with_suffix(".png")))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,222 @@
+"""The study behind the defaults: ExtraAdam's rule with one part at a time switched, on cells of the comparison.
+
+    python benchmarks/rlvr/study.py --json benchmarks/results/rlvr-study.json     # what is missing, then a table
+    python benchmarks/rlvr/study.py --json FILE --rules default "n=100 b=.9" --places 64@3e-4 --seeds 0
+
+A rule is named by what differs from the default, in the words of `Rule`. What helped is in ExtraAdam; what did not is
+found here only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import compare
+import optimizers
+import report
+import torch
+from compare import Cell
+from rich.progress import Progress
+from torch import nn
+
+from extraopt.gate import momentum_coherence
+
+FULL = Cell("addition", "GRPO", 512, "full", 240, (), (), ())
+NOISY = Cell("addition", "GRPO", 64, "full", 400, (), (), ())
+SUPERVISED = Cell("supervised", "cross-entropy", 64, "full", 400, (), (), ())
+PLACES = {  # learning rates: a third of AdamW's best, three times its best, its best
+    "64@3e-5": (NOISY, 3e-5, ""),
+    "64@3e-4": (NOISY, 3e-4, ""),
+    "64@3e-4, linear decay": (NOISY, 3e-4, "linear"),
+    "512@3e-4": (FULL, 3e-4, ""),
+    "supervised@1e-3": (SUPERVISED, 1e-3, ""),
+}
+RULES = (
+    "AdamW",
+    "default",
+    "scope=shut",
+    "scope=global",
+    "scope=wiener",
+    "low=0",
+    "retreat=0",
+    "retreat=.3",
+    "retreat=.7",
+    "n=100 b=.9",
+    "n=400 b=.95",
+    "n=400 b=.975",
+    "k=5 n=50 b=.9",
+    "moments=first",
+    "moments=all",
+    "moments=count",
+    "lr_units=1",
+    "auto=.1",
+    "restart=1",
+    "trust=.02",
+    "decay=.05",
+    "start=50",
+    "exclude=norm|tokens|positions|head",
+)
+
+
+class Rule(optimizers.Trained):
+    """AdamW and a jump with switches; all at their defaults it is ExtraAdam.
+
+    Args:
+        scope: what has a gate: each "tensor"; "global", all together; "wiener", each tensor, its gate being the share
+            of V's square that is signal, by the covariances of `momentum_coherence`; "none", always open; "shut".
+        low, gate: the gate is clip((cos - low) / (gate * (1 - low)), 0, 1); low -1: what momentum alone shows.
+        k, n, b: steps in a cycle, steps jumped, averaging of the drift.
+        retreat: part of the drift that is taken back where a gate is shut.
+        under: the same where the coherence lies under `low`, in proportion.
+        moments: what a jump does to AdamW's: "keep"; "first", reset the first; "all", and the second and the counter;
+            "count", reset the counter.
+        lr_units: average drifts in units of the learning rate, and jump at the present one.
+        auto: the horizon grows by this factor for each cycle with open gates and shrinks with shut ones.
+        restart: forget the estimate where a drift turns against it.
+        trust: longest jump as a part of a tensor's norm.
+        decay: the horizon shrinks to 1 / (1 + decay * cycles).
+        start: steps without a jump at first.
+        exclude: parameters whose names have one of these never jump.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, scope: str = "tensor", low: float = -1.0,
+        gate: float = 0.5, k: int = 10, n: float = 200, b: float = 0.95, retreat: float = 0.5, under: float = 0.0,
+        moments: str = "keep", lr_units: bool = False, auto: float = 0.0, restart: bool = False, trust: float = 0.0,
+        decay: float = 0.0, start: int = 0, exclude: str = "",
+    ) -> None:  # fmt: skip
+        super().__init__(model, optimizer)
+        self.scope, self.low, self.gate, self.k, self.n, self.b = scope, low, gate, k, n, b
+        self.retreat, self.under, self.moments, self.lr_units, self.auto = retreat, under, moments, lr_units, auto
+        self.restart, self.trust, self.decay, self.start = restart, trust, decay, start
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.params = [p for _, p in named]
+        self.excluded = [bool(exclude) and any(word in name for word in exclude.split("|")) for name, _ in named]
+        self.anchors = [p.detach().clone() for p in self.params]
+        self.drifts = [torch.zeros_like(p) for p in self.params]
+        self.steps, self.lr, self.factor = 0, 0.0, 1.0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps % self.k == 0:
+            self._end_cycle(self.steps // self.k - 1)
+
+    def _end_cycle(self, seen: int) -> None:
+        lr = self.optimizer.param_groups[0]["lr"]
+        scale = lr / self.lr if self.lr_units and self.lr else 1.0
+        self.lr = lr
+        moved = [p - a for p, a in zip(self.params, self.anchors)]
+        pairs = zip(moved, self.drifts)
+        sums = [[float((d * v).sum()), float(d.square().sum()), float(v.square().sum())] for d, v in pairs]
+        whole = [sum(column) for column in zip(*sums)]
+        horizon = self.n * self.factor / (1 + self.decay * seen)
+        open_sq = norm_sq = 0.0
+        for p, a, d, v, own, out in zip(self.params, self.anchors, moved, self.drifts, sums, self.excluded):
+            dv, dd, vv = whole if self.scope == "global" else own
+            g = self._gate(dv, dd, vv, seen) if seen and dd * vv > 0 else 0.0
+            known = self.scope == "none" or (seen > 0 and own[1] * own[2] > 0)
+            v.mul_(self.b * scale).add_(d, alpha=1 - self.b)
+            if self.restart and own[0] < 0:
+                v.copy_((1 - self.b) * d)
+            open_sq, norm_sq = open_sq + g * float(v.square().sum()), norm_sq + float(v.square().sum())
+            if known and self.steps > self.start and not out:
+                jump = v * (g * horizon / self.k)
+                if self.trust and g:
+                    jump *= min(1.0, self.trust * float(p.norm()) / float(jump.norm()))
+                floor = self._floor(seen) if self.low < 0 else self.low
+                cosine = own[0] / math.sqrt(own[1] * own[2]) if own[1] * own[2] > 0 else 0.0
+                below = 1 - min(1.0, max(0.0, cosine / floor)) if self.under else 0.0
+                p.add_(jump - (self.retreat * (1 - g) + self.under * below) * d)
+                if g:
+                    self._reset(self.optimizer.state[p])
+            a.copy_(p)
+        if self.auto and seen:
+            factor = self.factor * math.exp(self.auto * (2 * open_sq / norm_sq - 1))
+            self.factor = min(10.0, max(0.1, factor))
+
+    def _floor(self, seen: int) -> float:
+        return momentum_coherence(self.k, self.b, 0.9, seen)
+
+    def _gate(self, dv: float, dd: float, vv: float, seen: int) -> float:
+        if self.scope in ("none", "shut"):
+            return float(self.scope == "none")
+        if self.scope == "wiener":
+            # cos(D, V) of noise is share * |D| / |V|; a signal adds its square to <D, V>, as far as V has grown
+            grown = 1 - self.b**seen
+            share = (1 - self.b) * momentum_coherence(self.k) * sum((self.b * 0.9**self.k) ** i for i in range(seen))
+            return min(1.0, max(0.0, grown**2 * (dv / dd - share) / (grown - share) * dd / vv))
+        low = self._floor(seen) if self.low < 0 else self.low
+        return min(1.0, max(0.0, (dv / math.sqrt(dd * vv) - low) / (self.gate * (1 - low))))
+
+    def _reset(self, state: dict[str, torch.Tensor]) -> None:
+        reset = {"first": ("exp_avg",), "all": ("exp_avg", "exp_avg_sq", "step"), "count": ("step",)}
+        for key in reset.get(self.moments, ()):
+            state[key].zero_()
+
+
+def build(name: str, model: nn.Module, lr: float) -> optimizers.Trained:
+    """`Rule` with the switches that `name` lists, or an optimizer of the comparison."""
+    if name in ("AdamW", "ExtraAdam"):
+        return optimizers.build(name, model, lr)
+    knobs: dict[str, Any] = {}
+    for word in name.split() if name != "default" else ():
+        key, value = word.split("=")
+        kind = {"k": int, "start": int, "scope": str, "moments": str, "exclude": str}.get(key, float)
+        knobs[key] = kind(value)
+    params = [p for p in model.parameters() if p.requires_grad]
+    return Rule(model, torch.optim.AdamW(params, lr, **optimizers.ADAMW), **knobs)
+
+
+def one(place: str, rule: str, seed: int) -> dict[str, Any]:
+    cell, lr, schedule = PLACES[place]
+    row = compare.run(cell, rule, lr, seed, build, schedule)
+    return {"place": place, "rule": rule, "seed": seed} | {key: row[key] for key in ("curve", "collapsed")}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Ends of each rule in each place, seed by seed, and the median of AdamW's steps to its end over the rule's."""
+    adamw = {(r["place"], r["seed"]): r for r in rows if r["rule"] == "AdamW"}
+    places = [place for place in PLACES if any(r["place"] == place for r in rows)]
+    lines = ["| rule | " + " | ".join(places) + " |", "|" + "---|" * (len(places) + 1)]
+    for rule in dict.fromkeys(r["rule"] for r in rows):
+        cells = []
+        for place in places:
+            own = sorted((r for r in rows if (r["rule"], r["place"]) == (rule, place)), key=lambda r: r["seed"])
+            ends = " ".join(f"{report.final(r):.2f}".lstrip("0") for r in own)
+            told = [report.speedup([adamw[place, r["seed"]]], [r])[0] for r in own if (place, r["seed"]) in adamw]
+            cells.append(f"{ends} ({statistics.median(told):.1f}x)" if told else ends)
+        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--places", nargs="+", default=list(PLACES), metavar="PLACE")
+    parser.add_argument("--rules", nargs="+", default=list(RULES), metavar="RULE")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    rows = json.loads(args.json.read_text()) if args.json.exists() else []
+    known = {(row["place"], row["rule"], row["seed"]) for row in rows}
+    todo = [(c, r, s) for s in args.seeds for r in args.rules for c in args.places if (c, r, s) not in known]
+    with ProcessPoolExecutor(args.workers) as pool, Progress() as progress:
+        bar = progress.add_task("runs", total=len(todo))
+        for future in as_completed([pool.submit(one, *run) for run in todo]):
+            rows.append(future.result())
+            compare.write(rows, args.json)
+            progress.advance(bar)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
