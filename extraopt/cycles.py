@@ -98,7 +98,7 @@ class Cycles:
             for p, ratio in zip(lane.params, lane.ratios):
                 self.state[p]["extra_ratio"] = ratio
         for group in self.param_groups:
-            group["extra_scale"] = min(1.0, group["extra_scale"] * GROW)
+            group["extra_scale"] = min(1.0, group.get("extra_scale", 1.0) * GROW)
 
     @property
     def last_jump(self) -> JumpReport | None:
@@ -168,8 +168,6 @@ class Cycles:
             raise RuntimeError("report() needs the drift estimate, which extra_beta=0, extra_gate=None does not keep.")
         device = next(p.device for group in self.param_groups for p in group["params"])
         value = mean_over_ranks(metric, device)
-        for group in self.param_groups:
-            group.setdefault("extra_scale", 1.0)
         first = self.param_groups[0]
         windows = first.setdefault("extra_reports", EMPTY + EMPTY)
         before, after = windows[:3], windows[3:]
@@ -186,7 +184,7 @@ class Cycles:
         for state in states:
             state["extra_ratio"] = 0.0
         for group in self.param_groups:
-            group["extra_scale"] *= SHRINK
+            group["extra_scale"] = group.get("extra_scale", 1.0) * SHRINK
         first["extra_reports"] = before + EMPTY
         warnings.warn(
             f"ExtraAdam: the metric fell from {before[1]:.4g} to {after[1]:.4g} after the last jump, which was taken "

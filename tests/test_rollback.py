@@ -102,6 +102,17 @@ def test_what_was_reported_goes_through_a_checkpoint() -> None:
     assert_same(optimizer.state_dict(), again.state_dict())
 
 
+def test_a_group_added_after_a_report_joins_in() -> None:
+    params, optimizer, _ = jumped()
+    late = Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [late]})
+    for _ in range(10):
+        step([*params, late], optimizer)
+        optimizer.report(0.6)
+    assert [group["extra_scale"] for group in optimizer.param_groups] == [1.0, 1.0]
+    assert optimizer.state[late]["extra_ratio"] > 0
+
+
 def test_a_metric_that_is_not_finite_is_left_out() -> None:
     _, optimizer, _ = jumped()
     for value in (float("nan"), float("-inf"), float("nan")):

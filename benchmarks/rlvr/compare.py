@@ -208,19 +208,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two short cells, one seed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="only the first so many seeds")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
-    todo = runs(QUICK, SEEDS[:1]) if args.quick else runs(CELLS, SEEDS[: args.seeds])
-    todo = [r for r in todo if not args.optimizers or r[1] in args.optimizers]
-    done = {_row_key(row): row for row in json.loads(args.json.read_text())} if args.json and args.json.exists() else {}
+    grid = {_key(*r): r for r in (runs(QUICK, SEEDS[:1]) if args.quick else runs(CELLS, SEEDS))}
+    found = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    done = {key: row for row in found if (key := _row_key(row)) in grid}
+    todo = {key: r for key, r in grid.items() if not args.optimizers or r[1] in args.optimizers}
     with ProcessPoolExecutor(args.workers) as pool, Progress() as progress:
-        started = {pool.submit(run, *r): _key(*r) for r in todo if _key(*r) not in done}
+        started = {pool.submit(run, *r): key for key, r in todo.items() if key not in done}
         bar = progress.add_task("runs", total=len(todo), completed=len(todo) - len(started))
         for future in as_completed(started):
             row = done[started[future]] = future.result()
             if args.json:
-                write(list(done.values()), args.json)
+                write([done[key] for key in grid if key in done], args.json)
             progress.advance(bar)
             what = f"{row['task']} {row['algorithm']} {row['settings']['rollouts']} {row['settings']['tuning']}"
             progress.console.print(

@@ -78,6 +78,11 @@ class Cell:
         """Whether AdamW ends above where it began."""
         return self.median("AdamW", lr) > self.base
 
+    def gains(self, lr: float) -> list[float]:
+        """For each seed: ExtraAdam's accuracy at the end of the budget less AdamW's, at the same learning rate."""
+        ends = {row["seed"]: final(row) for row in self.rows["AdamW"][lr]}
+        return [final(row) - ends[row["seed"]] for row in self.rows["ExtraAdam"][lr]]
+
     def same_lr(self) -> dict[float, float]:
         """Median speedup over AdamW at the same learning rate, from a tenth of AdamW's best to its best."""
         best = self.best_lr("AdamW")
@@ -114,10 +119,9 @@ def summary(cells: list[Cell]) -> str:
     for cell in cells:
         same = cell.same_lr()
         trained = [lr for lr in cell.rows["ExtraAdam"] if cell.trains(lr)]
-        worst = min(
-            (cell.median("ExtraAdam", lr) - cell.median("AdamW", lr)) / max(_error(cell.rows["AdamW"][lr]), 1e-9)
-            for lr in trained
-        )
+        gains = {lr: cell.gains(lr) for lr in trained}
+        worst = min(trained, key=lambda lr: statistics.median(gains[lr]))
+        below = sum(gain < 0 for lr in trained for gain in gains[lr])
         collapsed = [r for lr in trained for r in cell.rows["ExtraAdam"][lr] if r["collapsed"]]
         lines.append(
             [
@@ -126,20 +130,16 @@ def summary(cells: list[Cell]) -> str:
                 _number(geometric_mean(list(same.values()))),
                 _number(cell.against("AdamW")),
                 f"{_number(cell.against(cell.best_peer()))} ({cell.best_peer()})" if cell.peers else "",
-                f"{worst:+.1f}",
+                f"{statistics.median(gains[worst]):+.3f} at {worst:g}",
+                f"{below} of {sum(map(len, gains.values()))}",
                 f"{len(collapsed)}",
             ]
         )
     header = [
         "task, algorithm, rollouts, tuning", "same lr", "geometric mean", "both at their best lr", "best other peer",
-        "worst end against AdamW, in its standard errors", "collapsed",
+        "end against AdamW's, worst lr", "ends below AdamW's", "collapsed",
     ]  # fmt: skip
     return _table(header, lines)
-
-
-def _error(rows: list[Row]) -> float:
-    values = list(map(final, rows))
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def details(cell: Cell) -> str:
@@ -196,6 +196,33 @@ def picture(cell: Cell, path: Path) -> None:
     plt.close(figure)
 
 
+def overview(cells: list[Cell], path: Path) -> None:
+    """Speed against AdamW in every cell: each seed, and medians, at the same learning rate and each at its best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.7 * len(cells) + 1.2), layout="constrained")
+    for y, cell in enumerate(reversed(cells)):
+        lrs = sorted(cell.same_lr())
+        for i, lr in enumerate(lrs):
+            own = speedup(cell.rows["AdamW"][lr], cell.rows["ExtraAdam"][lr])
+            place = y + 0.12 * (i - (len(lrs) - 1) / 2)
+            axes.plot(own, [place] * len(own), "o", color="#0072b2", alpha=0.25, ms=4)
+            median = statistics.median(own)
+            label = "same learning rate (faint: single seeds)" if y == i == 0 else None
+            axes.plot(median, place, "o", color="#0072b2", ms=7, label=label)
+        axes.plot(cell.against("AdamW"), y, "D", color="#d55e00", ms=7, label=None if y else "each at its best")
+    axes.axvline(1, color="#666666", linestyle=":")
+    axes.set_yticks(range(len(cells)), [cell.name for cell in reversed(cells)])
+    axes.set(xlabel="AdamW's steps to its final accuracy / ExtraAdam's steps to it (0: not reached)", xlim=(-0.1, None))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
@@ -210,6 +237,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for i, cell in enumerate(cells):
         picture(cell, folder / f"{i}-{cell.name.split(',')[0]}.png")
+    overview(cells, folder / "overview.png")
     print(summary(cells))
 
 
