@@ -92,7 +92,7 @@ class ExtraAdam(AdamW, Cycles):
         ``state[p]`` holds AdamW's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights before the
         cycle), ``extra_drift`` (:math:`V`; absent for ``extra_beta=0, extra_gate=None``), both of the shape, dtype,
         device and layout of ``p``, and ``extra_origin`` (int, the applied step from which its cycles are counted).
-        After the first :meth:`report` there are ``extra_ratio`` (float, the last jump as a multiple of :math:`V`) and, in
+        After the first :meth:`report` there is ``extra_ratio`` (float, the last jump in multiples of :math:`V`) and, in
         the groups, ``extra_scale`` (float, jumps are so many times as long) and ``extra_reports`` (floats).
 
     Loading:
