@@ -170,3 +170,10 @@ def test_on_addition_it_beats_adamw_at_the_same_learning_rate_and_does_not_colla
             ends[name, lr] = rlvr.report.final(row) - row["curve"][0][1]
         assert ends["ExtraAdam", 1e-4] > 1.1 * ends["AdamW", 1e-4] > 0, (seed, ends)
         assert ends["ExtraAdam", 3e-4] > 0, (seed, ends)
+
+
+def test_the_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -> None:
+    report = rlvr.report
+    table = report.README.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+    cells = report.read(FOLDER.parent / "results" / "rlvr.json")
+    assert table.strip() == report.summary(cells)

@@ -1,6 +1,7 @@
 """Tables and pictures of a comparison, from its result file alone.
 
-python benchmarks/rlvr/report.py benchmarks/results/rlvr.json              # tables beside it: rlvr.md, and pictures
+python benchmarks/rlvr/report.py benchmarks/results/rlvr.json             # tables beside it, rlvr.md, and pictures
+python benchmarks/rlvr/report.py benchmarks/results/rlvr.json --readme    # and the table in the README
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- made by benchmarks/rlvr/report.py -->", "<!-- end -->"
 
 
 def name_of(row: Row) -> str:
@@ -104,6 +107,14 @@ class Cell:
         return max(self.peers, key=lambda o: self.median(o, self.best_lr(o)))
 
 
+def read(path: Path) -> list[Cell]:
+    """The cells of a result file."""
+    by_name: dict[str, list[Row]] = defaultdict(list)
+    for row in json.loads(path.read_text()):
+        by_name[name_of(row)].append(row)
+    return [Cell(rows) for rows in by_name.values()]
+
+
 def _table(header: list[str], lines: list[list[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -117,7 +128,7 @@ def summary(cells: list[Cell]) -> str:
     """One line a cell: the figures that the bars are about."""
     lines = []
     for cell in cells:
-        same = cell.same_lr()
+        same, best = cell.same_lr(), cell.best_lr("AdamW")
         trained = [lr for lr in cell.rows["ExtraAdam"] if cell.trains(lr)]
         gains = {lr: cell.gains(lr) for lr in trained}
         worst = min(trained, key=lambda lr: statistics.median(gains[lr]))
@@ -126,6 +137,7 @@ def summary(cells: list[Cell]) -> str:
         lines.append(
             [
                 cell.name,
+                f"{cell.base:.2f}, {cell.median('AdamW', best):.2f}, {cell.median('ExtraAdam', best):.2f} ({best:g})",
                 ", ".join(f"{lr:g}: {_number(x)}" for lr, x in sorted(same.items())),
                 _number(geometric_mean(list(same.values()))),
                 _number(cell.against("AdamW")),
@@ -136,9 +148,16 @@ def summary(cells: list[Cell]) -> str:
             ]
         )
     header = [
-        "task, algorithm, rollouts, tuning", "same lr", "geometric mean", "both at their best lr", "best other peer",
-        "end against AdamW's, worst lr", "ends below AdamW's", "collapsed",
-    ]  # fmt: skip
+        "task, algorithm, rollouts, tuning",
+        "before, AdamW, ExtraAdam (AdamW's best lr)",
+        "speed at the same lr",
+        "geometric mean",
+        "both at their best lr",
+        "best other peer",
+        "end less AdamW's, worst lr",
+        "ends below AdamW's",
+        "collapsed",
+    ]
     return _table(header, lines)
 
 
@@ -226,11 +245,9 @@ def overview(cells: list[Cell], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
+    parser.add_argument("--readme", action="store_true", help="put the summary into the README")
     args = parser.parse_args()
-    by_name: dict[str, list[Row]] = defaultdict(list)
-    for row in json.loads(args.results.read_text()):
-        by_name[name_of(row)].append(row)
-    cells = [Cell(rows) for rows in by_name.values()]
+    cells = read(args.results)
     text = "\n\n".join(["# The comparison, cell by cell", summary(cells), *map(details, cells)]) + "\n"
     args.results.with_suffix(".md").write_text(text)
     folder = args.results.with_suffix("")
@@ -239,6 +256,9 @@ def main() -> None:
         picture(cell, folder / f"{i}-{cell.name.split(',')[0]}.png")
     overview(cells, folder / "overview.png")
     print(summary(cells))
+    if args.readme:
+        before, _, rest = README.read_text().partition(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n{summary(cells)}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":
