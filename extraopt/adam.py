@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class ExtraAdam(AdamW, Cycles):
                 \frac{\cos(D, V) - c}{\gamma \, (1 - c)}, \, 0, \, 1 \Big)
                 \text{ to the nearest } 1/256; \; 1 \text{ if } \gamma = \text{None}              \\
             &\hspace{10mm}V' \leftarrow b V + (1 - b) D                                          \\
-            &\hspace{10mm}\textbf{if} \: t \geq s, \: D \neq 0, \: V \neq 0: \;
+            &\hspace{10mm}\textbf{if} \: t \geq s \text{ and, with a gate, } D \neq 0, \: V \neq 0: \;
                 \theta_t \leftarrow \theta_t + g \, (N / k) \, V' - (1 - g) \, D / 2             \\
             &\hspace{10mm}V \leftarrow V'                                                       \\
             &\hspace{10mm}A \leftarrow \theta_t                                                  \\
@@ -308,8 +308,11 @@ class ExtraAdam(AdamW, Cycles):
     def _end_due_cycles(self, stepped: list[tuple[list[Tensor], list[Tensor]]]) -> None:
         lanes = []
         for i, (group, (params, counters)) in enumerate(zip(self.param_groups, stepped)):
-            # a group whose horizon was set to 0 in mid-run keeps its anchors fresh, so that it can be set back
-            if not params or not (group["extra_steps"] or "extra_anchor" in self.state[params[0]]):
+            if not group["extra_steps"]:
+                # where the horizon was set to 0 in mid-run, anchors are kept fresh, so that it can be set back
+                kept = ["extra_anchor" in self.state[p] for p in params]
+                params, counters = list(compress(params, kept)), list(compress(counters, kept))
+            if not params:
                 continue
             if counters[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(

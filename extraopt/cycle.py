@@ -179,7 +179,7 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
     gated_sq, drift_sq, weight_sq, jumped, refused = 0.0, 0.0, 0.0, 0, []
     for lane, s in zip(lanes, sums):
         finite = gates.finite(s)
-        may = finite & (torch.tensor(lane.steps) >= lane.start)
+        may = finite & (torch.tensor(lane.steps) >= lane.start) & (lane.horizon > 0)
         if lane.gate is not None:
             may &= ~gates.still(s)
         floor = [gates.momentum_coherence(lane.every, lane.beta, lane.momentum, max(1, n)) for n in lane.seen]
@@ -244,9 +244,14 @@ def take_back(
 ) -> None:
     """Undo a jump, up to rounding, and keep the steps since: each W and A moves by -ratio * V, in place.
 
-    Only as long as V is what the jump used: before the next cycle ends.
+    Only as long as V is what the jump used: before the next cycle ends. A tensor that is not finite, or would leave its
+    dtype's range, stays where it is.
     """
-    for p, a, v, ratio in zip(_local(params), _local(anchors), _local(drifts), ratios):
-        if ratio:
-            p.sub_(v, alpha=ratio)
-            a.sub_(v, alpha=ratio)
+    local = _local(params), _local(anchors), _local(drifts)
+    sums = _sum_over_shards(kernels.cycle_sums(*local), params)
+    jumps = torch.tensor(ratios, dtype=torch.float64) * sums[:, 2].sqrt()
+    fits = gates.finite(sums) & ~gates.overflows(sums, jumps, [p.dtype for p in params])
+    for p, a, v, ratio, ok in zip(*local, ratios, fits.tolist()):
+        for t in (p, a) if ratio and ok else ():
+            wide = torch.promote_types(t.dtype, torch.float32)  # one rounding
+            t.copy_(torch.sub(t.to(wide), v.to(wide), alpha=ratio))

@@ -140,6 +140,8 @@ class Cycles:
             for p, step in steps.items():
                 self.state[p]["extra_anchor"].copy_(p)
                 self._begin(p, group["extra_every"], step, taken_in=0)
+                if "extra_ratio" in self.state[p]:  # weights from elsewhere have no jump to take back
+                    self.state[p]["extra_ratio"] = 0.0
         self._phases_changed()
 
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -193,3 +195,24 @@ def test_a_differentiable_step_passes_gradients_through_the_jump():
     assert torch.allclose(
         start.grad, torch.full((3,), 1 - 0.1 * 0.01, dtype=torch.float64)
     )  # only weight decay scales it
+
+
+def test_a_horizon_of_zero_in_mid_run_still_retreats() -> None:
+    g = torch.Generator().manual_seed(0)
+    params, optimizer = model(extra_every=3, extra_steps=9)
+    late = torch.nn.Parameter(torch.ones(3))  # of the same group, without an anchor when the horizon ends
+    optimizer.param_groups[0]["params"].append(late)
+    for i in range(20):
+        if i == 7:
+            optimizer.param_groups[0]["extra_steps"] = 0
+            twins = [torch.nn.Parameter(p.detach().clone()) for p in (*params, late)]
+            adamw = torch.optim.AdamW(twins, lr=0.01)
+            adamw.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for p in params if i < 7 else (*params, late):
+            p.grad = torch.randn(p.shape, generator=g)
+        optimizer.step()
+        if i >= 7:
+            for q, p in zip(twins, (*params, late)):
+                q.grad = p.grad.clone()
+            adamw.step()
+            assert all(torch.equal(p, q) for p, q in zip((*params, late), twins)), i

@@ -131,3 +131,25 @@ def test_before_the_first_step_and_the_first_jump_there_is_nothing_to_take_back(
 def test_the_papers_rule_keeps_nothing_to_go_back_by() -> None:
     with pytest.raises(RuntimeError, match="extra_beta=0, extra_gate=None"):
         ExtraAdam([Parameter(torch.zeros(3))], **PAPER).report(0.5)
+
+
+def test_a_drift_that_is_not_finite_is_not_taken_back_with() -> None:
+    params, optimizer, _ = jumped()
+    with torch.no_grad():
+        optimizer.state[params[0]]["extra_drift"][0] = float("nan")
+    stays = params[0].detach().clone()
+    with pytest.warns(RuntimeWarning, match="taken back"):
+        while not optimizer.report(0.3):
+            pass
+    assert torch.equal(params[0], stays)
+
+
+def test_weights_put_in_since_the_jump_have_none_to_take_back() -> None:
+    params, optimizer, _ = jumped()
+    with torch.no_grad():
+        for p in params:
+            p.zero_()
+    optimizer.reset_anchor()
+    for _ in range(4):
+        assert not optimizer.report(0.3)
+    assert not any(p.any() for p in params)
