@@ -158,7 +158,8 @@ def summary(cells: list[Cell]) -> str:
         "ends below AdamW's",
         "collapsed",
     ]
-    return _table(header, lines)
+    shown = [i for i in range(len(header)) if any(line[i] for line in lines)]  # no peers, no column
+    return _table([header[i] for i in shown], [[line[i] for i in shown] for line in lines])
 
 
 def details(cell: Cell) -> str:
@@ -207,6 +208,8 @@ def picture(cell: Cell, path: Path) -> None:
         right.fill_between(lrs, [e[0] for e in ends], [e[-1] for e in ends], color=colour, alpha=0.15)
     left.set(xlabel="real steps", ylabel="accuracy", title="each at its best learning rate")
     right.set(xscale="log", xlabel="learning rate", ylabel="accuracy at the end", title="by learning rate")
+    right.set_xticks(sorted(cell.rows["AdamW"]), [f"{lr:g}" for lr in sorted(cell.rows["AdamW"])])
+    right.minorticks_off()
     right.axhline(cell.base, color="#999999", linestyle=":", label="before training")
     left.legend()
     right.legend()
