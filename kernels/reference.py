@@ -50,7 +50,9 @@ def end_cycle(
     floor = float(cov[0, 1:] @ w / (cov[0, 0] * (w @ cov[1:, 1:] @ w)).sqrt())
 
     E, A, V = ([t.double() for t in ts] for ts in (weights, anchors, drifts))
-    new_W, new_V, gates = [], [], []
+    new_W: list[Tensor] = []
+    new_V: list[Tensor] = []
+    gates: list[float] = []
     for e, a, v in zip(E, A, V):
         d = e - a
         nv = beta * v + (1 - beta) * d

@@ -31,7 +31,7 @@ def test_hf_trainer_with_lora_resumes_and_keeps_jumping(tmp_path: Path):
     out = run(tmp_path, "hf_trainer.py")
     cycles = [(int(step), int(n)) for step, n in re.findall(r"step +(\d+): coherence .* (\d+) tensors jumped", out)]
     assert [step for step, _ in cycles] == [5, 10, 15, 20, 25, 30, 35, 40]
-    assert cycles[0] == (5, 0) and sum(n == 28 for _, n in cycles) >= 4
+    assert cycles[0] == (5, 0) and sum(n > 28 / 2 for _, n in cycles) >= 4  # each of the 28 has its own gate
 
 
 @pytest.mark.slow
