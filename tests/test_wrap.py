@@ -788,7 +788,7 @@ def test_train_and_eval_are_found_where_the_base_has_none():
 
 @pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
 def test_an_8_bit_state_is_cast_or_loses_its_anchor_on_resume(library):
-    optim = pytest.importorskip(f"{library}.optim")
+    optim = pytest.importorskip(f"{library}.optim", reason=f"needs {library}: pip install {library}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def model() -> list[Parameter]:  # one tensor that is large enough to be quantized
