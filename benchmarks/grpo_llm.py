@@ -83,8 +83,8 @@ class Preset:
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 PRESETS = {
     "smollm2": Preset(
-        demo.BUNDLED, {"chain_sum": (ONE_DIGIT, 4), "products": (ONE_DIGIT, 4)},
-        {"LoRA": (1e-4, 3e-4), "full": (3e-6, 1e-5)}, steps=100, prompts=8, group=4, micro_batch=32, chat=False,
+        demo.BUNDLED, {"chain_sum": (ONE_DIGIT, 4), "spell_backward": ({"min_word_len": 3, "max_word_len": 3}, 4)},
+        {"LoRA": (1e-4, 3e-4), "full": (3e-6, 1e-5)}, steps=60, prompts=8, group=4, micro_batch=32, chat=False,
     ),
     "qwen": Preset(
         "Qwen/Qwen2.5-0.5B-Instruct", {"openai/gsm8k": ({}, 384)}, {"LoRA": (1e-5, 3e-5), "full": (1e-6, 3e-6)},
@@ -150,7 +150,8 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
         per_device_train_batch_size=preset.micro_batch, gradient_accumulation_steps=accumulation,
         steps_per_generation=preset.generations * accumulation, num_generations=preset.group,
         max_completion_length=preset.tasks[run["task"]][1], epsilon=0.2, epsilon_high=0.28, beta=0.0,
-        bf16=gpu and torch.cuda.is_bf16_supported(), gradient_checkpointing=gpu, logging_steps=1, disable_tqdm=True,
+        use_cpu=not gpu, bf16=not gpu or torch.cuda.is_bf16_supported(), gradient_checkpointing=gpu,
+        logging_steps=1, disable_tqdm=True,
         report_to="none", save_strategy="steps", save_steps=20, save_total_limit=1, dataloader_pin_memory=False,
         **preset.options,
     )  # fmt: skip

@@ -30,13 +30,16 @@ from extraopt.gate import momentum_coherence
 
 FULL = Cell("addition", "GRPO", 512, "full", 240, (), (), ())
 NOISY = Cell("addition", "GRPO", 64, "full", 400, (), (), ())
+LORA = Cell("addition", "GRPO", 512, "LoRA", 160, (), (), ())
 SUPERVISED = Cell("supervised", "cross-entropy", 64, "full", 400, (), (), ())
 PLACES = {  # learning rates: a third of AdamW's best, three times its best, its best
     "64@3e-5": (NOISY, 3e-5, ""),
     "64@3e-4": (NOISY, 3e-4, ""),
     "64@3e-4, linear decay": (NOISY, 3e-4, "linear"),
     "512@3e-4": (FULL, 3e-4, ""),
+    "512@1e-3": (FULL, 1e-3, ""),
     "supervised@1e-3": (SUPERVISED, 1e-3, ""),
+    "LoRA@1e-3": (LORA, 1e-3, ""),
 }
 RULES = (
     "AdamW",
@@ -83,6 +86,8 @@ class Rule(optimizers.Trained):
         trust: longest jump as a part of a tensor's norm.
         decay: the horizon shrinks to 1 / (1 + decay * cycles).
         start: steps without a jump at first.
+        skip: first drifts that the estimate does not take in.
+        warm: the horizon is short at first: N * (1 - b**(warm * drifts seen)).
         exclude: parameters whose names have one of these never jump.
     """
 
@@ -90,12 +95,14 @@ class Rule(optimizers.Trained):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, scope: str = "tensor", low: float = -1.0,
         gate: float = 0.5, k: int = 10, n: float = 200, b: float = 0.95, retreat: float = 0.5, under: float = 0.0,
         moments: str = "keep", lr_units: bool = False, auto: float = 0.0, restart: bool = False, trust: float = 0.0,
-        decay: float = 0.0, start: int = 0, exclude: str = "",
+        decay: float = 0.0, start: int = 0, skip: int = 0, warm: float = 0.0,
+        exclude: str = "",
     ) -> None:  # fmt: skip
         super().__init__(model, optimizer)
         self.scope, self.low, self.gate, self.k, self.n, self.b = scope, low, gate, k, n, b
         self.retreat, self.under, self.moments, self.lr_units, self.auto = retreat, under, moments, lr_units, auto
         self.restart, self.trust, self.decay, self.start = restart, trust, decay, start
+        self.skip, self.warm = skip, warm
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for _, p in named]
         self.excluded = [bool(exclude) and any(word in name for word in exclude.split("|")) for name, _ in named]
@@ -108,9 +115,13 @@ class Rule(optimizers.Trained):
         self.optimizer.step()
         self.steps += 1
         if self.steps % self.k == 0:
-            self._end_cycle(self.steps // self.k - 1)
+            self._end_cycle(self.steps // self.k - 1 - self.skip)
 
     def _end_cycle(self, seen: int) -> None:
+        if seen < 0:
+            for p, a in zip(self.params, self.anchors):
+                a.copy_(p)
+            return
         lr = self.optimizer.param_groups[0]["lr"]
         scale = lr / self.lr if self.lr_units and self.lr else 1.0
         self.lr = lr
@@ -119,6 +130,8 @@ class Rule(optimizers.Trained):
         sums = [[float((d * v).sum()), float(d.square().sum()), float(v.square().sum())] for d, v in pairs]
         whole = [sum(column) for column in zip(*sums)]
         horizon = self.n * self.factor / (1 + self.decay * seen)
+        if self.warm:
+            horizon *= 1 - self.b ** (self.warm * seen)
         open_sq = norm_sq = 0.0
         for p, a, d, v, own, out in zip(self.params, self.anchors, moved, self.drifts, sums, self.excluded):
             dv, dd, vv = whole if self.scope == "global" else own
@@ -170,7 +183,7 @@ def build(name: str, model: nn.Module, lr: float) -> optimizers.Trained:
     knobs: dict[str, Any] = {}
     for word in name.split() if name != "default" else ():
         key, value = word.split("=")
-        kind = {"k": int, "start": int, "scope": str, "moments": str, "exclude": str}.get(key, float)
+        kind = {"k": int, "start": int, "skip": int, "scope": str, "moments": str, "exclude": str}.get(key, float)
         knobs[key] = kind(value)
     params = [p for p in model.parameters() if p.requires_grad]
     return Rule(model, torch.optim.AdamW(params, lr, **optimizers.ADAMW), **knobs)
