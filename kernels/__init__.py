@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import foreach
+from . import foreach, native
 
 _FUSED_DEVICES = {"cuda"}  # types of device whose tensors are offered to the fused kernel; AMD's are "cuda" to torch
 
@@ -34,6 +34,12 @@ def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
 
+def _implementation(p: Tensor, a: Tensor, v: Tensor | None) -> ModuleType:
+    if p.device.type in _FUSED_DEVICES and (fused := _fused()) and fused.supports(p, a, v):
+        return fused
+    return native if native.supports(p, a, v) else foreach
+
+
 def _dispatch(
     params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None
 ) -> Iterator[tuple[ModuleType, list[int], _Lists]]:
@@ -41,8 +47,7 @@ def _dispatch(
     p, a, v = _real(params), _real(anchors), None if drifts is None else _real(drifts)
     positions: dict[tuple[ModuleType, torch.device], list[int]] = {}
     for i, t in enumerate(p):
-        fused = _fused() if t.device.type in _FUSED_DEVICES else None
-        module = fused if fused and fused.supports(t, a[i], None if v is None else v[i]) else foreach
+        module = _implementation(t, a[i], None if v is None else v[i])
         positions.setdefault((module, t.device), []).append(i)
     for (module, _), indices in positions.items():
         yield module, indices, ([p[i] for i in indices], [a[i] for i in indices], v and [v[i] for i in indices])

@@ -1,4 +1,4 @@
-"""The rule in plain torch operations: the CPU path, and every tensor the fused kernel cannot take.
+"""The rule in plain torch operations: for every tensor that neither the fused kernel nor the C loops can take.
 
 Dense tensors are walked in storage order, in blocks small enough that a block of P, A, V and the scratch stays in
 cache: each is read from and written to memory once, and no temporary is larger than a block.

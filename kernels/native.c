@@ -1,0 +1,150 @@
+/* The end of a cycle over dense tensors on a CPU: every element is read from memory once and written once.
+ *
+ * A list is cut into parts of at most a few ten thousand elements; `parts` is int64 [n, 6], a row for each: addresses of
+ * param, anchor and drift (0: none), number of elements, bytes per element (4: float32, 2: bfloat16), place of its
+ * tensor in the list. Threads take parts in turn. Arithmetic is float32, each product and sum of the jump fused, as
+ * torch's own kernels have it; nothing depends on the number of threads.
+ */
+
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"))) /* chosen when loaded */
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { LANES = 16, RUN = 1024, COLUMNS = 6, MOST_THREADS = 256 }; /* a run's sums are float32, longer ones double */
+
+typedef uint16_t bfloat16;
+
+INLINE float bits_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE float load_float(const float *x) { return *x; }
+INLINE float load_bfloat16(const bfloat16 *x) { return bits_float((uint32_t)*x << 16); }
+INLINE float store_float(float *to, float x) { return *to = x; }
+
+INLINE float store_bfloat16(bfloat16 *to, float x) { /* to the nearest, ties to even; returns what was stored */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *to = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bfloat16)rounded;
+    return load_bfloat16(to);
+}
+
+/* <D, V>, <D, D>, <V, V>, <E, E> of one part, added to `out`. */
+#define SUMS(T)                                                                                                        \
+    INLINE void add_##T(const T *p, const T *a, const T *v, int has_v, int64_t n, double *out) {                       \
+        for (int64_t start = 0; start < n; start += RUN) {                                                             \
+            int64_t end = start + RUN < n ? start + RUN : n, i = start;                                                \
+            float dv[LANES] = {0}, dd[LANES] = {0}, vv[LANES] = {0}, ee[LANES] = {0};                                  \
+            for (; i + LANES <= end; i += LANES)                                                                       \
+                for (int l = 0; l < LANES; l++) {                                                                      \
+                    float e = load_##T(p + i + l), d = e - load_##T(a + i + l);                                        \
+                    float w = has_v ? load_##T(v + i + l) : 0;                                                         \
+                    dv[l] += d * w, dd[l] += d * d, vv[l] += w * w, ee[l] += e * e;                                    \
+                }                                                                                                      \
+            for (int l = 0; i < end; i++, l++) {                                                                       \
+                float e = load_##T(p + i), d = e - load_##T(a + i), w = has_v ? load_##T(v + i) : 0;                   \
+                dv[l] += d * w, dd[l] += d * d, vv[l] += w * w, ee[l] += e * e;                                        \
+            }                                                                                                          \
+            for (int l = 0; l < LANES; l++) out[0] += dv[l], out[1] += dd[l], out[2] += vv[l], out[3] += ee[l];        \
+        }                                                                                                              \
+    }                                                                                                                  \
+    CLONES static void sums_##T(const T *p, const T *a, const T *v, int64_t n, double *out) {                          \
+        if (v) add_##T(p, a, v, 1, n, out);                                                                            \
+        else add_##T(p, a, v, 0, n, out);                                                                              \
+    }
+
+/* d = p - a; v = lerp(v, d, weight), in the form that torch uses; p += ratio v - retreat d; a = p. */
+#define JUMP(T)                                                                                                        \
+    INLINE void move_##T(T *restrict p, T *restrict a, T *restrict v, int has_v, int goes, int returns, int64_t n,     \
+                         float ratio, float retreat, float weight) {                                                   \
+        int small = weight < 0.5f;                                                                                     \
+        float part = small ? weight : weight - 1.0f;                                                                   \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            float e = load_##T(p + i), d = e - load_##T(a + i), w = d;                                                 \
+            if (has_v) {                                                                                               \
+                w = load_##T(v + i);                                                                                   \
+                w = fmaf(d - w, part, small ? w : d);                                                                  \
+                store_##T(v + i, w);                                                                                   \
+            }                                                                                                          \
+            if (goes) e = fmaf(w, ratio, e); /* 0 v + e would lose the sign of -0.0 */                                 \
+            if (returns) e = fmaf(d, -retreat, e);                                                                     \
+            store_##T(a + i, store_##T(p + i, e));                                                                     \
+        }                                                                                                              \
+    }                                                                                                                  \
+    CLONES static void jump_##T(T *p, T *a, T *v, int64_t n, float ratio, float retreat, float weight) {               \
+        if (!v) move_##T(p, a, v, 0, ratio != 0, retreat != 0, n, ratio, retreat, weight);                             \
+        else if (ratio == 0 && retreat == 0) move_##T(p, a, v, 1, 0, 0, n, ratio, retreat, weight);                    \
+        else if (retreat == 0) move_##T(p, a, v, 1, 1, 0, n, ratio, retreat, weight);                                  \
+        else if (ratio == 0) move_##T(p, a, v, 1, 0, 1, n, ratio, retreat, weight);                                    \
+        else move_##T(p, a, v, 1, 1, 1, n, ratio, retreat, weight);                                                    \
+    }
+
+SUMS(float)
+SUMS(bfloat16)
+JUMP(float)
+JUMP(bfloat16)
+
+typedef struct {
+    const int64_t *parts;
+    int64_t n, first, stride;
+    double *partials;     /* [n, 4], or NULL: jump */
+    const float *factors; /* ratio and retreat of each tensor [T, 2] */
+    float weight;
+} work;
+
+static void *work_through(void *argument) {
+    const work *w = argument;
+    for (int64_t i = w->first; i < w->n; i += w->stride) {
+        const int64_t *row = w->parts + i * COLUMNS, n = row[3];
+        void *p = (void *)row[0], *a = (void *)row[1], *v = (void *)row[2];
+        if (w->partials) {
+            if (row[4] == 4) sums_float(p, a, v, n, w->partials + 4 * i);
+            else sums_bfloat16(p, a, v, n, w->partials + 4 * i);
+        } else {
+            float ratio = w->factors[2 * row[5]], retreat = w->factors[2 * row[5] + 1];
+            if (row[4] == 4) jump_float(p, a, v, n, ratio, retreat, w->weight);
+            else jump_bfloat16(p, a, v, n, ratio, retreat, w->weight);
+        }
+    }
+    return NULL;
+}
+
+static void share(work w, int64_t threads) {
+    pthread_t others[MOST_THREADS];
+    work shares[MOST_THREADS];
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    if (threads > w.n) threads = w.n;
+    int64_t started = 1;
+    for (int64_t i = 0; i < threads; i++) {
+        shares[i] = w;
+        shares[i].first = i;
+        shares[i].stride = threads;
+    }
+    while (started < threads && !pthread_create(&others[started], NULL, work_through, &shares[started])) started++;
+    for (int64_t i = started; i < threads; i++) work_through(&shares[i]); /* the system gave no more threads */
+    if (threads > 0) work_through(&shares[0]);
+    for (int64_t i = 1; i < started; i++) pthread_join(others[i], NULL);
+}
+
+/* `partials`: double [n, 4], zeros; `sums`: double [T, 4], zeros. */
+void extraopt_cycle_sums(const int64_t *parts, int64_t n, double *partials, double *sums, int64_t threads) {
+    share((work){.parts = parts, .n = n, .partials = partials}, threads);
+    for (int64_t i = 0; i < n; i++)
+        for (int j = 0; j < 4; j++) sums[4 * parts[i * COLUMNS + 5] + j] += partials[4 * i + j];
+}
+
+void extraopt_jump(const int64_t *parts, int64_t n, const float *factors, float weight, int64_t threads) {
+    share((work){.parts = parts, .n = n, .factors = factors, .weight = weight}, threads);
+}

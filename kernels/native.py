@@ -1,0 +1,87 @@
+"""The rule on a CPU, by a few C loops (`native.c`) that are compiled where the package is built, if a compiler is there.
+
+torch does in five operations what takes one pass here, and a sum that no number of threads may change in six. Tensors
+are flat storage: all that matters is that param, anchor and drift have the same dense layout.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .foreach import is_dense
+
+DTYPES = {torch.float32, torch.bfloat16}
+PART = 1 << 16  # elements that a thread takes at a time; fixed, since it sets the order of the sums
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    for file in sorted(Path(__file__).parent.glob("_native*.so")):
+        return ctypes.CDLL(str(file))
+    return None
+
+
+def supports(p: Tensor, a: Tensor, v: Tensor | None) -> bool:
+    """Can the loops take a parameter, its anchor and its drift estimate? If not, the caller has another path."""
+    return (
+        p.is_cpu
+        and p.dtype in DTYPES
+        and _library() is not None
+        and all(
+            type(t) in (Tensor, torch.nn.Parameter)  # a subclass may keep its elements anywhere
+            and t.layout is torch.strided
+            and not t.is_neg()
+            and (t.dtype, t.device, t.shape) == (p.dtype, p.device, p.shape)
+            and t.stride() == p.stride()
+            for t in ((p, a) if v is None else (p, a, v))
+        )
+        and is_dense(p)
+    )
+
+
+def _parts(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Tensor:
+    """The list, cut: int64 [parts, 6], as `native.c` has it."""
+    rows = []
+    for i, (p, a) in enumerate(zip(params, anchors)):
+        n, size = p.numel(), p.itemsize
+        addresses = (p.data_ptr(), a.data_ptr(), drifts[i].data_ptr() if drifts else 0)
+        for start in range(0, n, PART):
+            moved = (address + start * size if address else 0 for address in addresses)
+            rows.append((*moved, min(PART, n - start), size, i))
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+
+
+def cycle_sums(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Tensor:
+    """The sums of `extraopt.kernels.cycle_sums`. Products are added in float32 up to 1024 of them, then in float64."""
+    parts, sums = _parts(params, anchors, drifts), torch.zeros(len(params), 4, dtype=torch.float64)
+    partials = torch.zeros(len(parts), 4, dtype=torch.float64)
+    _call("extraopt_cycle_sums", parts, partials, sums)
+    return sums
+
+
+def jump_(
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    drifts: Sequence[Tensor] | None,
+    ratios: Sequence[float],
+    retreats: Sequence[float],
+    weight: float,
+) -> None:
+    """The jump of `extraopt.kernels.jump_`: float32 with one rounding into each output, bit-equal to `foreach.jump_`."""
+    factors = torch.tensor([ratios, retreats], dtype=torch.float32).T.contiguous()
+    _call("extraopt_jump", _parts(params, anchors, drifts), factors, ctypes.c_float(weight))
+    # torch saw none of these writes: without this, autograd would use what it saved as if it were still right
+    for written in (params, anchors, drifts or ()):
+        torch.autograd.graph.increment_version(written)
+
+
+def _call(name: str, parts: Tensor, *arguments: Tensor | ctypes.c_float) -> None:
+    given = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments]
+    threads = ctypes.c_int64(torch.get_num_threads())
+    getattr(_library(), name)(ctypes.c_void_p(parts.data_ptr()), ctypes.c_int64(len(parts)), *given, threads)
