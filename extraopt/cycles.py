@@ -94,6 +94,9 @@ class Cycles:
         if "extra_reports" not in first:
             return
         first["extra_reports"] = first["extra_reports"][3:] + EMPTY
+        for state in self.state.values():
+            if "extra_ratio" in state:  # what is reported from now on says nothing about older jumps
+                state["extra_ratio"] = 0.0
         for lane in lanes:
             for p, ratio in zip(lane.params, lane.ratios):
                 self.state[p]["extra_ratio"] = ratio

@@ -102,6 +102,20 @@ def test_what_was_reported_goes_through_a_checkpoint() -> None:
     assert_same(optimizer.state_dict(), again.state_dict())
 
 
+def test_an_older_jump_of_a_group_with_a_longer_cycle_is_taken_back_too() -> None:
+    fast, slow = Parameter(torch.zeros(4)), Parameter(torch.zeros(4))
+    groups = [{"params": [fast], "extra_every": 3}, {"params": [slow], "extra_every": 6, "extra_start": 0}]
+    optimizer = ExtraAdam(groups, **{**KNOBS, "extra_beta": 0.5})
+    for i in range(15):  # both end at step 12, the fast one alone at 15
+        optimizer.report(0.6 + 0.01 * (-1) ** i)
+        step([fast, slow], optimizer)
+    landed = [p.detach().clone() for p in (fast, slow)]
+    optimizer.report(0.31), optimizer.report(0.3)
+    with pytest.warns(RuntimeWarning, match="taken back"):
+        assert optimizer.report(0.3)
+    assert not torch.equal(fast, landed[0]) and torch.equal(slow, landed[1])
+
+
 def test_a_group_added_after_a_report_joins_in() -> None:
     params, optimizer, _ = jumped()
     late = Parameter(torch.zeros(3))

@@ -166,6 +166,8 @@ class Model:
 
         A gate that float32 sums may have put on the next multiple of 1/256 is read off where the weights landed.
         """
+        for t in self.tracks:
+            t.ratio = None if t.ratio is None else 0.0
         watched = [t for t in due if t.group.gate is not None] or due
         dot = dd = vv = moved_sq = drift_sq = weight_sq = slack = 0.0
         jumped = refused = 0
