@@ -261,6 +261,38 @@ def generate(
         out.print(row["completion"] + "\n", markup=False, highlight=False)
 
 
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="A run's folder with trainer_state.json or log.jsonl, or such a file.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Page. Default: extraopt-report.html in the folder.")
+    ] = None,
+    steps_ahead: Annotated[
+        float | None, typer.Option(min=0, help="N, if no checkpoint's optimizer.pt tells extra_steps.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make one HTML page from a run's logs: how far did ExtraAdam jump, how straight was the path, what came of it?"""
+    from .report import read_run, summarize
+
+    try:
+        from . import page
+    except ImportError as error:
+        raise CheckpointError(f"report needs matplotlib: pip install matplotlib ({error})") from error
+    file = output or (path if path.is_dir() else path.parent) / "extraopt-report.html"
+    if file.suffix not in (".html", ".htm"):
+        raise CheckpointError(f"--output {file}: give a name that ends in .html")
+    run = read_run(path, ahead=steps_ahead)
+    summary = summarize(run)
+    page.write(page.html(run, summary), file)
+    if as_json:
+        print_json({**summary, "page": str(file)})
+        return
+    lines = [*summary["verdict"], *(f"Warning: {words}" for words in summary["warnings"])]
+    lines += [*(f"Note: {words}" for words in summary["notes"]), str(file)]
+    out.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+
+
 def _numbers(option: str, text: str) -> list[float]:
     try:
         return [float(number) for number in text.split(",")]
