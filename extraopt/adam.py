@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from .cycle import Countdown, JumpReport, new_anchor, new_drift, read_counters
 from .cycles import Cycles, group_keeps_drift, stands
 from .knobs import KNOBS, check_knobs
+from .rollback import remembering
 
 
 class ExtraAdam(AdamW, Cycles):
@@ -91,9 +92,9 @@ class ExtraAdam(AdamW, Cycles):
     Shapes:
         ``state[p]`` holds AdamW's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights before the
         cycle), ``extra_drift`` (:math:`V`; absent for ``extra_beta=0, extra_gate=None``), both of the shape, dtype,
-        device and layout of ``p``, and ``extra_origin`` (int, the applied step from which its cycles are counted).
-        After the first :meth:`report` there is ``extra_ratio`` (float, the last jump in multiples of :math:`V`) and, in
-        the groups, ``extra_scale`` (float, jumps are so many times as long) and ``extra_reports`` (floats).
+        device and layout of ``p``, and ``extra_origin`` (int, the applied step from which its cycles are counted). For
+        :meth:`report` there is ``extra_ratio`` beside ``extra_drift`` (float, the last jump in multiples of :math:`V`)
+        and, in the groups, ``extra_scale`` (float, jumps are so many times as long) and ``extra_reports`` (6 floats).
 
     Loading:
         ``load_state_dict`` takes the state of an ExtraAdam or of an AdamW. Knobs come from the state, as all options of
@@ -116,6 +117,10 @@ class ExtraAdam(AdamW, Cycles):
     .. note::
         Steps that end no cycle never wait for the device, save for one transfer of the step counters when they live on
         it (``fused``, ``capturable``) and the set of parameters with gradients has changed, or a state was loaded.
+
+    .. note::
+        AdamW counts steps in float32. Past 2**24 of them (16.8 million) its count stands still, and nothing jumps any
+        more.
 
     Example::
 
@@ -156,6 +161,7 @@ class ExtraAdam(AdamW, Cycles):
         )  # fmt: skip
         for group in self.param_groups:
             group.update(check_knobs({**knobs, **group}))
+            remembering(group)
         self.defaults.update(knobs)
         self._forget()
 
@@ -173,6 +179,7 @@ class ExtraAdam(AdamW, Cycles):
         for i, group in enumerate(state["param_groups"]):
             before = own[i] if i < len(own) else {}
             group.update(check_knobs({**defaults, **{k: before[k] for k in KNOBS if k in before}, **group}))
+            remembering(group)
             for j, p in enumerate(group["params"]):
                 for key in state["state"].get(p, {}).keys() & {"extra_anchor", "extra_drift"}:
                     loaded = state["state"][p][key]
@@ -202,6 +209,7 @@ class ExtraAdam(AdamW, Cycles):
         """
         if "extra_every" in self.defaults and isinstance(param_group, dict):  # not yet in AdamW's constructor
             param_group.update(check_knobs({**self.defaults, **param_group}))
+            remembering(param_group)
         super().add_param_group(param_group)
 
     def _init_group(
@@ -240,6 +248,7 @@ class ExtraAdam(AdamW, Cycles):
                     state["extra_origin"] = ~state["extra_origin"]
                 if drifts and "extra_drift" not in state:
                     state["extra_drift"] = new_drift(p)
+                    state.setdefault("extra_ratio", 0.0)
         return has_complex
 
     @_use_grad_for_differentiable

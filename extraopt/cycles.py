@@ -78,7 +78,7 @@ class Cycles:
                 steps=list(steps.values()),
                 seen=[(step - self._origin(p) - 1) // group["extra_every"] for p, step in steps.items()],
                 every=group["extra_every"],
-                horizon=group["extra_steps"] * group.get("extra_scale", 1.0),
+                horizon=group["extra_steps"] * group["extra_scale"],
                 beta=averaging(group["extra_every"], group["extra_steps"], group["extra_beta"]),
                 gate=group["extra_gate"],
                 start=group["extra_start"],
@@ -91,17 +91,15 @@ class Cycles:
         with self._moving([p for lane in lanes for p in lane.params]):
             self._last_jump[:] = [end_cycle(lanes)]
         first = self.param_groups[0]
-        if "extra_reports" not in first:
-            return
-        first["extra_reports"] = first["extra_reports"][3:] + EMPTY
+        first["extra_reports"] = (*first["extra_reports"][3:], *EMPTY)  # checkpoints may give a list back
         for state in self.state.values():
             if "extra_ratio" in state:  # what is reported from now on says nothing about older jumps
                 state["extra_ratio"] = 0.0
         for lane in lanes:
-            for p, ratio in zip(lane.params, lane.ratios):
+            for p, ratio in zip(lane.params, lane.ratios if lane.drifts is not None else ()):
                 self.state[p]["extra_ratio"] = ratio
         for group in self.param_groups:
-            group["extra_scale"] = min(1.0, group.get("extra_scale", 1.0) * GROW)
+            group["extra_scale"] = min(1.0, group["extra_scale"] * GROW)
 
     @property
     def last_jump(self) -> JumpReport | None:
@@ -174,7 +172,7 @@ class Cycles:
         device = next(p.device for group in self.param_groups for p in group["params"])
         value = mean_over_ranks(metric, device)
         first = self.param_groups[0]
-        windows = first.setdefault("extra_reports", EMPTY + EMPTY)
+        windows = tuple(first["extra_reports"])
         before, after = windows[:3], windows[3:]
         if math.isfinite(value):
             after = add(after, value)
@@ -189,7 +187,7 @@ class Cycles:
         for state in states:
             state["extra_ratio"] = 0.0
         for group in self.param_groups:
-            group["extra_scale"] = group.get("extra_scale", 1.0) * SHRINK
+            group["extra_scale"] *= SHRINK
         first["extra_reports"] = before + EMPTY
         warnings.warn(
             f"ExtraAdam: the metric fell from {before[1]:.4g} to {after[1]:.4g} after the last jump, which was taken "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -13,6 +14,15 @@ EMPTY: Window = (0.0, 0.0, 0.0)
 FEWEST = 3  # values on either side of a jump without which nothing is said
 SIGNIFICANT = 4.0  # standard errors; with 5 values on either side about one verdict in 500 is wrong
 SHRINK, GROW = 0.5, 1.1  # the horizon after a jump that was taken back, and for each cycle that was not
+
+
+def remembering(group: dict[str, Any]) -> None:
+    """Give a group of parameters what `report` keeps in it, where it has none.
+
+    From the start: torch.distributed.checkpoint reads only what a fresh optimizer has.
+    """
+    group.setdefault("extra_scale", 1.0)
+    group.setdefault("extra_reports", EMPTY + EMPTY)
 
 
 def add(window: Window, value: float) -> Window:

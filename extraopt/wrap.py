@@ -16,6 +16,7 @@ from .adam import ExtraAdam
 from .cycle import JumpReport, new_anchor, new_drift
 from .cycles import Cycles, group_keeps_drift, stands
 from .knobs import KNOBS, check_knobs
+from .rollback import remembering
 
 _DEFAULTS: dict[str, Any] = KNOBS
 _PROFILED = Optimizer.profile_hook_step(len).__code__
@@ -134,6 +135,7 @@ class Extra(Optimizer, Cycles):
         checked = [check_knobs({**knobs, **group}) for group in base_optimizer.param_groups]
         for group, values in zip(base_optimizer.param_groups, checked):
             group.update(values)
+            remembering(group)
         base_optimizer.defaults.update(knobs)
         # not torch's constructor, which would set up groups and state that are there already
         self.__setstate__({"base_optimizer": base_optimizer})
@@ -169,6 +171,7 @@ class Extra(Optimizer, Cycles):
         """
         if isinstance(param_group, dict):  # else the base says what is wrong with it
             param_group.update(check_knobs({**self.defaults, **param_group}))
+            remembering(param_group)
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,6 +203,7 @@ class Extra(Optimizer, Cycles):
         try:
             for i, (group, old) in enumerate(zip(self.param_groups, own[1])):
                 group.update(check_knobs({**self.defaults, **old, **group}))
+                remembering(group)
                 for j, p in enumerate(group["params"]):
                     self._take_over(p, f"parameter {j} in group {i}")
         except ValueError:
@@ -297,7 +301,7 @@ class Extra(Optimizer, Cycles):
                         "extra_origin": ~count if standing else count,
                     }
                     if group_keeps_drift(group) and "extra_drift" not in state:
-                        fresh[p]["extra_drift"] = new_drift(p)
+                        fresh[p] |= {"extra_drift": new_drift(p), "extra_ratio": 0.0}
                     continue
                 if "extra_step" not in state:
                     state["extra_step"] = int(state["step"])  # from an ExtraAdam

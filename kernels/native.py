@@ -1,4 +1,4 @@
-"""The rule on a CPU, by a few C loops (`native.c`) that are compiled where the package is built, if a compiler is there.
+"""The rule on a CPU, by a few C loops (`native.c`), compiled where the package is built if a compiler is there.
 
 torch does in five operations what takes one pass here, and a sum that no number of threads may change in six. Tensors
 are flat storage: all that matters is that param, anchor and drift have the same dense layout.
@@ -73,7 +73,7 @@ def jump_(
     retreats: Sequence[float],
     weight: float,
 ) -> None:
-    """The jump of `extraopt.kernels.jump_`: float32 with one rounding into each output, bit-equal to `foreach.jump_`."""
+    """The jump of `extraopt.kernels.jump_`: float32, one rounding into each output, bit-equal to `foreach.jump_`."""
     factors = torch.tensor([ratios, retreats], dtype=torch.float32).T.contiguous()
     _call("extraopt_jump", _parts(params, anchors, drifts), factors, ctypes.c_float(weight))
     # torch saw none of these writes: without this, autograd would use what it saved as if it were still right

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from extraopt import ExtraAdam
 
-EXTRA_KEYS = ["extra_anchor", "extra_origin", "extra_drift"]
+EXTRA_KEYS = ["extra_anchor", "extra_origin", "extra_drift", "extra_ratio"]
 both_rules = pytest.mark.parametrize("rule", RULES, ids=rule_name)
 any_layout = pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 
@@ -92,7 +92,7 @@ def test_inner_optimizer_state_or_slow_weights_are_not_reloaded(rule):
     model, optimizer = make(rule)
     train(model, optimizer, range(5))
     other, resumed = restart(model, optimizer, rule)
-    keys = {"step", "exp_avg", "exp_avg_sq", *EXTRA_KEYS[: 3 if rule is GATED else 2]}
+    keys = {"step", "exp_avg", "exp_avg_sq", *EXTRA_KEYS[: 4 if rule is GATED else 2]}
     for p, q in zip(model.parameters(), other.parameters()):
         assert optimizer.state[p].keys() == keys
         assert_same(optimizer.state[p], resumed.state[q])
@@ -366,7 +366,8 @@ def test_state_that_is_not_shaped_like_its_parameter_cannot_be_gathered(rule):
             if isinstance(value, torch.Tensor) and key != "step":
                 assert value.shape == p.shape and value.dtype == p.dtype and value.stride() == p.stride(), key
             else:
-                assert key == "extra_origin" and type(value) is int or value.shape == (), key
+                number = {"extra_origin": int, "extra_ratio": float}.get(key)
+                assert type(value) is number if number else value.shape == (), key
 
 
 def test_objects_in_the_checkpoint_fail_under_weights_only():

@@ -106,7 +106,7 @@ class Track:
     waiting: bool = False  # only steps with lr 0 so far: the first that moves takes the anchor
     cycles: int = 0  # that the estimate has seen
     since: int = 0  # applied steps in this cycle
-    ratio: float | None = None  # of the last jump, once metrics are reported
+    ratio: float = 0.0  # of the last jump
     frozen: bool = False
 
 
@@ -131,7 +131,7 @@ class Model:
     groups: list[Group]
     tracks: list[Track]
     adamw: torch.optim.AdamW
-    before: list[float] | None = None  # metrics reported in the cycle before the last jump; None: never any
+    before: list[float] = field(default_factory=list)  # metrics reported in the cycle before the last jump
     after: list[float] = field(default_factory=list)
     last: Report | None = None
 
@@ -167,7 +167,7 @@ class Model:
         A gate that float32 sums may have put on the next multiple of 1/256 is read off where the weights landed.
         """
         for t in self.tracks:
-            t.ratio = None if t.ratio is None else 0.0
+            t.ratio = 0.0
         watched = [t for t in due if t.group.gate is not None] or due
         dot = dd = vv = moved_sq = drift_sq = weight_sq = slack = 0.0
         jumped = refused = 0
@@ -217,17 +217,16 @@ class Model:
                 drift_sq, weight_sq = drift_sq + norm**2, weight_sq + squares(e)
                 if moves and gate * horizon > 0:
                     moved_sq, jumped = moved_sq + (norm * gate) ** 2, jumped + 1
-            if self.before is not None:
+            if group.estimates:
                 track.ratio = gate * horizon / k
         norms, gate = math.sqrt(dd) * math.sqrt(vv), math.sqrt(moved_sq / drift_sq) if drift_sq else 0.0
         self.last = Report(
             max(t.step for t in due), gate, dot / norms if norms else 0.0,
             math.sqrt(drift_sq), math.sqrt(weight_sq), jumped, refused, slack,
         )  # fmt: skip
-        if self.before is not None:
-            self.before, self.after = self.after, []
-            for group in self.groups:
-                group.scale = min(1.0, group.scale * 1.1)
+        self.before, self.after = self.after, []
+        for group in self.groups:
+            group.scale = min(1.0, group.scale * 1.1)
 
     def begin(self, track: Track, every: int, extra_cycles: int = 0) -> None:
         """A new cycle begins; what the estimate has seen counts on, in cycles of the present length that fit."""
@@ -236,7 +235,6 @@ class Model:
 
     def report(self, metric: float) -> bool:
         """Whether a jump has to be taken back."""
-        self.before = [] if self.before is None else self.before
         if math.isfinite(metric):
             self.after.append(metric)
         n, m = len(self.before), len(self.after)
@@ -368,8 +366,7 @@ class Run(RuleBasedStateMachine):
             state, theirs = optimizer.state.get(p, {}), model.adamw.state.get(track.shadow, {})
             wanted = set(theirs)
             wanted |= set() if track.anchor is None else {"extra_anchor", "extra_origin"}
-            wanted |= set() if track.drift is None else {"extra_drift"}
-            wanted |= set() if track.ratio is None else {"extra_ratio"}
+            wanted |= set() if track.drift is None else {"extra_drift", "extra_ratio"}
             assert set(state) == wanted
             assert all(same(state[key], theirs[key]) for key in theirs), "AdamW's own state"
             assert not state or int(state["step"]) == track.step
@@ -379,17 +376,15 @@ class Run(RuleBasedStateMachine):
                 assert same(state["extra_anchor"], track.anchor), "anchor"
                 origin = track.step - track.cycles * track.group.every - track.since
                 assert state["extra_origin"] == (~origin if track.waiting else origin)
-            if track.ratio is not None:
+            if track.drift is not None:
                 assert math.isclose(state["extra_ratio"], track.ratio, rel_tol=1e-12)
         for ours, group in zip(optimizer.param_groups, model.groups):
             assert {key: ours[key] for key in group.options} == group.options
-            assert math.isclose(ours.get("extra_scale", 1.0), group.scale)
-        windows = optimizer.param_groups[0].get("extra_reports")
-        assert (windows is None) == (model.before is None)
-        if windows is not None:
-            assert [windows[0], windows[3]] == [len(model.before or ()), len(model.after)]
-            for mean, values in (windows[1], model.before), (windows[4], model.after):
-                assert math.isclose(mean, statistics.fmean(values) if values else 0.0)
+            assert math.isclose(ours["extra_scale"], group.scale)
+        windows = optimizer.param_groups[0]["extra_reports"]
+        assert [windows[0], windows[3]] == [len(model.before), len(model.after)]
+        for mean, values in (windows[1], model.before), (windows[4], model.after):
+            assert math.isclose(mean, statistics.fmean(values) if values else 0.0)
         self.check_report()
 
     def check_report(self) -> None:
@@ -538,7 +533,7 @@ class Run(RuleBasedStateMachine):
         moved = [(p, t) for p, t in zip(self.params, model.tracks) if t.ratio]
         back = []
         for _, t in moved:
-            assert t.drift is not None and t.anchor is not None and t.ratio is not None
+            assert t.drift is not None and t.anchor is not None
             jump = t.ratio * t.drift.double()
             # what is not finite, or could leave the dtype's range, stays
             fits = (
@@ -552,7 +547,7 @@ class Run(RuleBasedStateMachine):
         assert [("taken back" in text) for text in texts] == [True] * worse
         if worse:
             for (p, t), (weight, anchor) in zip(moved, back):
-                assert t.drift is not None and t.anchor is not None and t.ratio is not None
+                assert t.drift is not None and t.anchor is not None
                 got = self.optimizer.state[p]["extra_anchor"]
                 assert near(p.detach(), weight, t.ratio, t.weight, t.drift), "weights taken back"
                 assert near(got, anchor, t.ratio, t.anchor, t.drift), "anchor taken back"
@@ -663,11 +658,11 @@ class Run(RuleBasedStateMachine):
     def load_adamw(self) -> None:
         self.optimizer.load_state_dict(reload(self.model.adamw.state_dict()))
         for track in self.model.tracks:
-            track.anchor = track.drift = track.ratio = None
+            track.anchor, track.drift, track.ratio = None, None, 0.0
             track.cycles = track.since = 0
         for group in self.model.groups:
             group.scale = 1.0
-        self.model.before, self.model.after, self.model.last = None, [], None
+        self.model.before, self.model.after, self.model.last = [], [], None
         self.check()
 
     @event(by=st.sampled_from(["deepcopy", "pickle"]))

@@ -333,7 +333,9 @@ class TestTorchHarness(TestCase):
                 self.assertEqual(first.state[p].keys(), second.state[q].keys())
                 for key, value in first.state[p].items():
                     if not torch.is_tensor(value):
-                        self.assertEqual(value, second.state[q][key])
+                        # a gate may be another by half precision's roundings: the weights show whether that matters
+                        if key != "extra_ratio" or p.dtype.itemsize > 2:
+                            self.assertEqual(value, second.state[q][key])
                         continue
                     if key == "step" and assert_step_dtype is not None:
                         self.assertEqual(value.dtype, assert_step_dtype)
