@@ -8,7 +8,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # options of examples/grpo_smollm2.py, given as `make demo MODEL=... DATASET=... STEPS=...`
 DEMO = $(foreach option,MODEL DATASET STEPS LR SEED OUT,$(if $($(option)),--$(shell echo $(option) | tr A-Z a-z) $($(option))))
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench bench-gpu support lint clean
 
 demo: .venv/demo.done
 	.venv/bin/python examples/grpo_smollm2.py $(DEMO)
@@ -21,6 +21,19 @@ test-slow: .venv/test.done
 
 bench: .venv/test.done
 	.venv/bin/python benchmarks/step.py --json benchmarks/results/step.json
+	.venv/bin/python benchmarks/step.py --training --json benchmarks/results/training_step.json
+	.venv/bin/python benchmarks/kernel.py --json benchmarks/results/kernel.json
+
+# on a machine with a GPU: its tests and benchmarks, results in one folder
+bench-gpu: .venv/test.done
+	.venv/bin/pytest -m gpu
+	.venv/bin/python benchmarks/kernel.py --json benchmarks/results/gpu/kernel.json
+	.venv/bin/python benchmarks/step.py --json benchmarks/results/gpu/step.json
+
+# the README's table of where ExtraAdam is tested
+support: .venv/test.done
+	.venv/bin/pytest -m "not slow" --junitxml build/tests.xml
+	.venv/bin/python tests/support.py build/tests.xml
 
 lint: .venv/test.done
 	.venv/bin/ruff check .

@@ -90,16 +90,19 @@ class Cycles:
     def _end(self, lanes: list[Lane]) -> None:
         with self._moving([p for lane in lanes for p in lane.params]):
             self._last_jump[:] = [end_cycle(lanes)]
+        for group in self.param_groups:
+            group["extra_scale"] = min(1.0, group["extra_scale"] * GROW)
         first = self.param_groups[0]
-        first["extra_reports"] = (*first["extra_reports"][3:], *EMPTY)  # checkpoints may give a list back
+        before, after = first["extra_reports"][:3], first["extra_reports"][3:]
+        if not before[0] and not after[0]:
+            return  # nobody reports; a compiled step, which watches every number in the state, need not know
+        first["extra_reports"] = (*after, *EMPTY)  # checkpoints may give a list back
         for state in self.state.values():
             if "extra_ratio" in state:  # what is reported from now on says nothing about older jumps
                 state["extra_ratio"] = 0.0
         for lane in lanes:
             for p, ratio in zip(lane.params, lane.ratios if lane.drifts is not None else ()):
                 self.state[p]["extra_ratio"] = ratio
-        for group in self.param_groups:
-            group["extra_scale"] = min(1.0, group["extra_scale"] * GROW)
 
     @property
     def last_jump(self) -> JumpReport | None:

@@ -96,3 +96,11 @@ def test_the_core_imports_no_integration_and_no_optimizer_steps_through_super():
             path
         )
         assert "super().step(" not in text, path
+
+
+def test_the_readme_lists_other_places_than_are_tested():
+    import support
+
+    _, _, rest = support.README.read_text().partition(support.BEGIN)
+    rows = rest.partition(support.END)[0].strip().splitlines()[2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [where for where, *_ in support.ROWS]

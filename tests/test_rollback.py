@@ -61,10 +61,12 @@ def test_after_a_roll_back_jumps_are_half_as_long_and_recover() -> None:
             pass
     drift = [optimizer.state[p]["extra_drift"].clone() for p in params]
     for _ in range(5):
+        assert not optimizer.report(0.3)
         step(params, optimizer)
     ratio = optimizer.state[params[0]]["extra_ratio"]
     assert ratio == pytest.approx(0.5 * 20 / 5) and not torch.equal(drift[0], optimizer.state[params[0]]["extra_drift"])
     for _ in range(50):
+        assert not optimizer.report(0.3)
         step(params, optimizer)
     assert optimizer.state[params[0]]["extra_ratio"] == 20 / 5
 

@@ -166,7 +166,8 @@ class Model:
 
         A gate that float32 sums may have put on the next multiple of 1/256 is read off where the weights landed.
         """
-        for t in self.tracks:
+        reported = self.before or self.after
+        for t in self.tracks if reported else ():
             t.ratio = 0.0
         watched = [t for t in due if t.group.gate is not None] or due
         dot = dd = vv = moved_sq = drift_sq = weight_sq = slack = 0.0
@@ -217,7 +218,7 @@ class Model:
                 drift_sq, weight_sq = drift_sq + norm**2, weight_sq + squares(e)
                 if moves and gate * horizon > 0:
                     moved_sq, jumped = moved_sq + (norm * gate) ** 2, jumped + 1
-            if group.estimates:
+            if group.estimates and reported:
                 track.ratio = gate * horizon / k
         norms, gate = math.sqrt(dd) * math.sqrt(vv), math.sqrt(moved_sq / drift_sq) if drift_sq else 0.0
         self.last = Report(
