@@ -31,6 +31,22 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
+def same_storage_order(p: Tensor, a: Tensor, v: Tensor | None) -> bool:
+    """Whether a parameter, its anchor and its drift are plain dense tensors of one dtype, device, shape and layout.
+
+    Then a kernel can take them for flat stretches of memory.
+    """
+    dtype, device, shape = p.dtype, p.device, p.shape
+    for t in (p, a) if v is None else (p, a, v):
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:  # a subclass may keep its elements anywhere
+            return False
+        if t.layout is not torch.strided or t.is_neg() or t.dtype != dtype or t.device != device:
+            return False
+        if t.shape != shape or t.stride() != p.stride():
+            return False
+    return is_dense(p)
+
+
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor] | None:
     """1-D views in storage order, or None where a layout has gaps or layouts differ."""
     first = tensors[0]

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .foreach import is_dense
+from .foreach import same_storage_order
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 CHUNK = 8192  # elements of one program; fixed, since it sets the order of the sums
@@ -207,20 +207,7 @@ def _usable() -> bool:
 
 def supports(p: Tensor, a: Tensor, v: Tensor | None) -> bool:
     """Can the kernels take a parameter, its anchor and its drift estimate? If not, the caller has another path."""
-    return (
-        p.dtype in DTYPES
-        and (INTERPRET or p.is_cuda)
-        and _usable()
-        and all(
-            type(t) in (Tensor, torch.nn.Parameter)  # a subclass may keep its elements anywhere
-            and t.layout is torch.strided
-            and not t.is_neg()
-            and (t.dtype, t.device, t.shape) == (p.dtype, p.device, p.shape)
-            and t.stride() == p.stride()
-            for t in ((p, a) if v is None else (p, a, v))
-        )
-        and is_dense(p)
-    )
+    return p.dtype in DTYPES and (INTERPRET or p.is_cuda) and _usable() and same_storage_order(p, a, v)
 
 
 @functools.lru_cache(maxsize=16)

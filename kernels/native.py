@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .foreach import is_dense
+from .foreach import same_storage_order
 
 DTYPES = {torch.float32, torch.bfloat16}
 PART = 1 << 16  # elements that a thread takes at a time; fixed, since it sets the order of the sums
@@ -29,20 +29,7 @@ def _library() -> ctypes.CDLL | None:
 
 def supports(p: Tensor, a: Tensor, v: Tensor | None) -> bool:
     """Can the loops take a parameter, its anchor and its drift estimate? If not, the caller has another path."""
-    return (
-        p.is_cpu
-        and p.dtype in DTYPES
-        and _library() is not None
-        and all(
-            type(t) in (Tensor, torch.nn.Parameter)  # a subclass may keep its elements anywhere
-            and t.layout is torch.strided
-            and not t.is_neg()
-            and (t.dtype, t.device, t.shape) == (p.dtype, p.device, p.shape)
-            and t.stride() == p.stride()
-            for t in ((p, a) if v is None else (p, a, v))
-        )
-        and is_dense(p)
-    )
+    return p.is_cpu and p.dtype in DTYPES and _library() is not None and same_storage_order(p, a, v)
 
 
 def _parts(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Tensor:
