@@ -216,7 +216,6 @@ def report(rows: list[dict[str, Any]], path: Path) -> str:
                 f"| {place[0]} | {place[1]} | {name} | {lr:g} | {statistics.median(ends):.3f} |"
                 f" {statistics.mean(r for row in own for _, r in row['curve']):.3f} |"
                 f" {f'{statistics.median(faster):.2f}x' if faster else ''} | {len(own)} |"
-                f" {statistics.median(row['seconds'] for row in own):.0f} |"
             )
             steps = range(WINDOW, last + 1)
             curve = [statistics.median(level(row, s) for row in own) for s in steps]
@@ -226,7 +225,7 @@ def report(rows: list[dict[str, Any]], path: Path) -> str:
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
-    columns = "task tuning optimizer lr last mean speed seeds seconds".split()
+    columns = "task tuning optimizer lr last mean speed seeds".split()
     columns[4], columns[6] = f"reward, last {WINDOW} steps", "AdamW's steps to its last level / steps to it"
     return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines])
 
