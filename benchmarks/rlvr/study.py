@@ -64,6 +64,9 @@ RULES = (
     "trust=.02",
     "decay=.05",
     "start=50",
+    "skip=1",
+    "warm=6",
+    "doubt=2",
     "exclude=norm|tokens|positions|head",
 )
 
@@ -87,7 +90,9 @@ class Rule(optimizers.Trained):
         decay: the horizon shrinks to 1 / (1 + decay * cycles).
         start: steps without a jump at first.
         skip: first drifts that the estimate does not take in.
+        early: part of them that is taken back, but for the very first.
         warm: the horizon is short at first: N * (1 - b**(warm * drifts seen)).
+        doubt: likewise, N * seen / (seen + doubt).
         exclude: parameters whose names have one of these never jump.
     """
 
@@ -95,14 +100,14 @@ class Rule(optimizers.Trained):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, scope: str = "tensor", low: float = -1.0,
         gate: float = 0.5, k: int = 10, n: float = 200, b: float = 0.95, retreat: float = 0.5, under: float = 0.0,
         moments: str = "keep", lr_units: bool = False, auto: float = 0.0, restart: bool = False, trust: float = 0.0,
-        decay: float = 0.0, start: int = 0, skip: int = 0, warm: float = 0.0,
+        decay: float = 0.0, start: int = 0, skip: int = 0, early: float = 0.0, warm: float = 0.0, doubt: float = 0.0,
         exclude: str = "",
     ) -> None:  # fmt: skip
         super().__init__(model, optimizer)
         self.scope, self.low, self.gate, self.k, self.n, self.b = scope, low, gate, k, n, b
         self.retreat, self.under, self.moments, self.lr_units, self.auto = retreat, under, moments, lr_units, auto
         self.restart, self.trust, self.decay, self.start = restart, trust, decay, start
-        self.skip, self.warm = skip, warm
+        self.skip, self.early, self.warm, self.doubt = skip, early, warm, doubt
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for _, p in named]
         self.excluded = [bool(exclude) and any(word in name for word in exclude.split("|")) for name, _ in named]
@@ -120,6 +125,8 @@ class Rule(optimizers.Trained):
     def _end_cycle(self, seen: int) -> None:
         if seen < 0:
             for p, a in zip(self.params, self.anchors):
+                if seen > -self.skip:
+                    p.sub_(p - a, alpha=self.early)
                 a.copy_(p)
             return
         lr = self.optimizer.param_groups[0]["lr"]
@@ -132,11 +139,15 @@ class Rule(optimizers.Trained):
         horizon = self.n * self.factor / (1 + self.decay * seen)
         if self.warm:
             horizon *= 1 - self.b ** (self.warm * seen)
+        if seen:
+            horizon *= seen / (seen + self.doubt)
         open_sq = norm_sq = 0.0
         for p, a, d, v, own, out in zip(self.params, self.anchors, moved, self.drifts, sums, self.excluded):
             dv, dd, vv = whole if self.scope == "global" else own
             g = self._gate(dv, dd, vv, seen) if seen and dd * vv > 0 else 0.0
             known = self.scope == "none" or (seen > 0 and own[1] * own[2] > 0)
+            if seen == 0 and self.skip:  # no estimate yet, as in the cycles skipped
+                p.sub_(d, alpha=self.early)
             v.mul_(self.b * scale).add_(d, alpha=1 - self.b)
             if self.restart and own[0] < 0:
                 v.copy_((1 - self.b) * d)
