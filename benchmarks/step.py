@@ -5,6 +5,11 @@ are medians over cycles: a step that ends no cycle as a ratio to AdamW's step; t
 spread over the k steps of its cycle, as a percentage of AdamW's step; and the extra state in copies of the parameters.
 
     python benchmarks/step.py [--quick] [--json benchmarks/results/step.json]
+
+With --training, what the end of a cycle is of whole training steps: GPT-2 small on batches of 4 x 128 tokens, and
+TRL's GRPO on SmolLM2-135M with a LoRA adapter, as in `make demo`.
+
+    python benchmarks/step.py --training [--json benchmarks/results/training_step.json]
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,12 +106,93 @@ def measure(name: str, implementation: str, cycles: int, device: str) -> dict[st
     }
 
 
+def gpt2_training(optimizer: type[ExtraAdam], steps: int) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config())
+    stepper = optimizer(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        tokens = torch.randint(50257, (4, 128), generator=generator)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+
+
+def grpo_training(optimizer: type[ExtraAdam], steps: int) -> None:
+    import grpo_llm
+
+    preset = grpo_llm.Preset(**{**grpo_llm.PRESETS["smollm2"].__dict__, "steps": steps})
+    run = {"task": "chain_sum", "tuning": "LoRA", "optimizer": "ExtraAdam", "lr": 1e-4, "seed": 0}
+    grpo_llm.OPTIMIZERS["ExtraAdam"] = (optimizer, {})
+    with tempfile.TemporaryDirectory() as folder, grpo_llm.Progress(console=Console(stderr=True)) as progress:
+        grpo_llm.train(preset, run, Path(folder) / "run", progress)
+
+
+def measure_training(name: str, train: Callable[[type[ExtraAdam], int], None], cycles: int) -> dict[str, Any]:
+    """Medians of a training step without a jump, and of what the end of a cycle adds to it."""
+    every = 5
+    steps: list[float] = []
+    spent: list[float] = []
+    ends: list[float] = []
+    clock = {"step began": 0.0, "step before ended": 0.0}
+
+    class Timed(ExtraAdam):
+        def __init__(self, params: Any, **options: Any) -> None:
+            super().__init__(params, extra_every=every, **{**options, "lr": 1e-5, "fused": True})
+            self.register_step_pre_hook(lambda *args: clock.update({"step began": time.perf_counter()}))
+            self.register_step_post_hook(self.note)
+
+        def note(self, *args: Any) -> None:
+            now = time.perf_counter()
+            (ends if len(steps) % every == every - 1 else spent).append(now - clock["step began"])
+            steps.append(now - clock["step before ended"])
+            clock["step before ended"] = now
+
+    train(Timed, every * cycles)
+    step = statistics.median(t for i, t in enumerate(steps) if i and i % every != every - 1)  # the first has no start
+    end = statistics.median(ends[1:]) - statistics.median(spent)  # the first cycle jumps nowhere
+    return {
+        "training": name,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "step_ms": 1e3 * step,
+        "optimizer_ms": 1e3 * statistics.median(spent),
+        "end_ms": 1e3 * end,
+        "share_percent_k10": 100 * end / 10 / step,
+        "share_percent_k20": 100 * end / 20 / step,
+    }
+
+
+def report_training(cycles: int, json_file: Path | None) -> None:
+    kinds = {"GPT-2 small, 4 x 128 tokens": gpt2_training, "GRPO, SmolLM2-135M, LoRA, 32 completions": grpo_training}
+    rows = [measure_training(name, train, cycles) for name, train in kinds.items()]
+    table = Table(
+        "training", "whole step", "AdamW's part", "end of a cycle", "of a step, k = 10", "k = 20", box=box.MARKDOWN
+    )
+    for row in rows:
+        times = (f"{row[key]:.0f} ms" for key in ("step_ms", "optimizer_ms", "end_ms"))
+        table.add_row(row["training"], *times, *(f"{row[f'share_percent_k{k}']:.2f} %" for k in (10, 20)))
+    Console(width=120).print(table)
+    write(rows, json_file)
+
+
+def write(rows: list[dict[str, Any]], json_file: Path | None) -> None:
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def main(
     quick: Annotated[bool, typer.Option(help="Few cycles and one thread count, for a look.")] = False,
     threads: Annotated[list[int] | None, typer.Option(help="Thread counts on a CPU.")] = None,
+    training: Annotated[bool, typer.Option(help="Whole training steps instead.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Measure steps of AdamW and ExtraAdam side by side."""
+    if training:
+        report_training(2 if quick else 4, json_file)
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = threads or ([1] if quick or device == "cuda" else [1, 2])
     jobs = [(name, impl, count) for count in counts for name in LISTS for impl in IMPLEMENTATIONS]
@@ -127,9 +214,7 @@ def main(
             f"{row['extra_copies']:g} copies",
         )  # fmt: skip
     Console(width=120).print(table)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+    write(rows, json_file)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,231 @@
+"""The end of a cycle over lists of tensors: sums for the gate, then jump, by several implementations.
+
+    python benchmarks/kernel.py --quick
+    python benchmarks/kernel.py --json benchmarks/results/kernel.json     # and a picture beside it
+
+The limit is what the bytes that must move would take at the bandwidth of a copy in the same run: weights, anchor and
+estimate are read for the sums, read again for the jump, and written: 9 numbers an element. Times are medians over
+rounds in which the implementations take turns, so that a busy moment of the machine hits all of them. `extraopt` is
+what ExtraAdam calls; `loop` is the rule as one would type it, tensor by tensor; `foreach` the same by torch._foreach;
+`compile` is the loop through torch.compile. Extra memory is the peak above what the lists take.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import step
+import torch
+import typer
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from extraopt import __version__, kernels
+
+Lists = tuple[list[Tensor], list[Tensor], list[Tensor]]
+WEIGHT, RATIO, RETREAT = 0.05, 4.0, 0.4
+COLOURS = {"extraopt": "#0072b2", "foreach": "#e69f00", "loop": "#94a3b8", "compile": "#009e73"}
+
+
+def llama(width: int, kv: int, hidden: int, layers: int, ranks: int, tied: bool) -> list[tuple[int, ...]]:
+    """One rank's shards of a Llama: each parameter is cut along its first dimension."""
+    block = [(width, width), (kv, width), (kv, width), (width, width), (hidden, width), (hidden, width)]
+    block += [(width, hidden), (width,), (width,)]
+    whole = [(128256, width)] * (1 if tied else 2) + block * layers + [(width,)]
+    return [(-(-first // ranks), *rest) for first, *rest in whole]
+
+
+LISTS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
+    "gpt2": step.gpt2_small,
+    "llama-1b/8": lambda: llama(2048, 512, 8192, 16, 8, True),
+    "llama-8b/64": lambda: llama(4096, 1024, 14336, 32, 64, False),
+    "lora": step.lora,
+    "tiny": lambda: [(32,)] * 10_000,
+}
+
+
+def extraopt(p: list[Tensor], a: list[Tensor], v: list[Tensor]) -> Tensor:
+    sums = kernels.cycle_sums(p, a, v)
+    kernels.jump_(p, a, v, [RATIO] * len(p), [RETREAT] * len(p), WEIGHT)
+    return sums
+
+
+def loop(ps: list[Tensor], anchors: list[Tensor], vs: list[Tensor]) -> Tensor:
+    sums = []
+    for p, a, v in zip(ps, anchors, vs):
+        d = p - a
+        sums.append(torch.stack([(d * v).sum(), (d * d).sum(), (v * v).sum(), (p * p).sum()]))
+    result = torch.stack(sums)
+    for p, a, v in zip(ps, anchors, vs):
+        d = p - a
+        v.lerp_(d, WEIGHT)
+        p.add_(v, alpha=RATIO).sub_(d, alpha=RETREAT)
+        a.copy_(p)
+    return result
+
+
+def foreach(p: list[Tensor], a: list[Tensor], v: list[Tensor]) -> Tensor:
+    d = torch._foreach_sub(p, a)
+    dots = torch.stack([x.sum() for x in torch._foreach_mul(d, v)])
+    norms = [torch.stack(torch._foreach_norm(x)) for x in (d, v, p)]
+    torch._foreach_lerp_(v, d, WEIGHT)
+    torch._foreach_add_(p, v, alpha=RATIO)
+    torch._foreach_add_(p, d, alpha=-RETREAT)
+    torch._foreach_copy_(a, p)
+    return torch.stack([dots, *norms])
+
+
+def make(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> Lists:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def some(scale: float) -> list[Tensor]:
+        return [torch.randn(s, generator=generator, device=device).mul_(scale).to(dtype) for s in shapes]
+
+    p = some(0.02)
+    return p, [t + d for t, d in zip(p, some(1e-4))], some(1e-4)
+
+
+class Calls(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches(call: Callable[[], Any], device: str) -> int:
+    """Kernels launched on a GPU; torch operations on a CPU."""
+    if device == "cpu":
+        with Calls() as calls:
+            call()
+        return calls.n
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def extra_memory(call: Callable[[], Any], device: str) -> int:
+    """The peak in bytes above what was there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    # profile.events() leaves out what is allocated within an operation
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events if event.name() == "[memory]"), initial=0))
+
+
+def measure(name: str, dtype: torch.dtype, device: str, rounds: int, compiled: bool) -> list[dict[str, Any]]:
+    lists = make(LISTS[name](), dtype, device)
+    elements = sum(p.numel() for p in lists[0])
+    providers: dict[str, Callable[..., Any]] = {"extraopt": extraopt, "foreach": foreach, "loop": loop}
+    if compiled:
+        torch._dynamo.reset()
+        providers["compile"] = torch.compile(loop, dynamic=False)
+    flat = torch.randn(max(1 << 24, elements // 4), device=device)  # a copy larger than any cache
+    other = torch.empty_like(flat)
+    calls: dict[str, Callable[[], Any]] = {"copy": lambda: other.copy_(flat)}
+    calls |= {key: (lambda f=f: f(*lists)) for key, f in providers.items()}
+    for call in calls.values():
+        call()  # warms up, and compiles
+    times: dict[str, list[float]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            times[key].append(step.milliseconds(call, device))
+    bandwidth = 2 * flat.nbytes / statistics.median(times.pop("copy"))  # bytes a millisecond
+    needed = 9 * elements * dtype.itemsize
+    return [
+        {
+            "list": name,
+            "tensors": len(lists[0]),
+            "elements": elements,
+            "dtype": str(dtype).removeprefix("torch."),
+            "provider": key,
+            "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "ms": statistics.median(times[key]),
+            "limit_ms": needed / bandwidth,
+            "gb_per_s": needed / statistics.median(times[key]) / 1e6,
+            "launches": launches(calls[key], device),
+            "extra_bytes": extra_memory(calls[key], device),
+        }
+        for key in providers
+    ]
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Times over the limit, an axis for each list."""
+    names = list(dict.fromkeys(row["list"] for row in rows))
+    kinds = list(dict.fromkeys((row["dtype"], row["threads"]) for row in rows))
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    figure = Figure(figsize=(2 + 2.2 * len(names), 3.6), dpi=110, layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        for i, provider in enumerate(providers):
+            own = {(r["dtype"], r["threads"]): r for r in rows if (r["list"], r["provider"]) == (name, provider)}
+            heights = [own[kind]["ms"] / own[kind]["limit_ms"] if kind in own else 0 for kind in kinds]
+            places = [j + (i - (len(providers) - 1) / 2) * 0.8 / len(providers) for j in range(len(kinds))]
+            axes.bar(places, heights, 0.8 / len(providers), color=COLOURS[provider], label=provider)
+        axes.axhline(1, color="#334155", lw=0.8, ls=":")
+        axes.set_title(name)
+        axes.set_xticks(range(len(kinds)), [f"{d}\n{t} thr." for d, t in kinds], fontsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("time / limit")
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    figure.savefig(path)
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Two lists, few rounds, no compiler.")] = False,
+    threads: Annotated[list[int] | None, typer.Option(help="Thread counts on a CPU.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here, a picture beside.")] = None,
+) -> None:
+    """Measure the end of a cycle over lists of tensors."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    counts = threads or ([1] if quick or device == "cuda" else [1, 2])
+    names = ["lora", "tiny"] if quick else list(LISTS)
+    jobs = [(n, d, t) for t in counts for n in names for d in (torch.float32, torch.bfloat16)]
+    rows = []
+    for name, dtype, count in track(jobs, "measuring", console=Console(stderr=True)):
+        torch.set_num_threads(count)
+        # to compile a list takes minutes on a CPU
+        compiled = not quick and name != "tiny" and (device == "cuda" or name == "gpt2")
+        rows += measure(name, dtype, device, 5 if quick else 15, compiled)
+
+    title = f"extraopt {__version__}, torch {torch.__version__}, {rows[0]['device']}"
+    table = Table(title=title, box=box.MARKDOWN)
+    for column in ("list", "dtype", "implementation", "threads", "time", "limit", "time / limit", "calls", "memory"):
+        table.add_column(column, justify="left" if column in ("list", "dtype", "implementation") else "right")
+    for row in rows:
+        table.add_row(
+            row["list"], row["dtype"], row["provider"], str(row["threads"]), f"{row['ms']:.2f} ms",
+            f"{row['limit_ms']:.2f} ms", f"{row['ms'] / row['limit_ms']:.2f}", str(row["launches"]),
+            f"{row['extra_bytes'] / 2**20:.1f} MiB",
+        )  # fmt: skip
+    Console(width=120).print(table)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        picture(rows, json_file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
