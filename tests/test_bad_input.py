@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from extraopt import ExtraAdam
+from extraopt.knobs import KNOBS
 
 JUMPY = {"lr": 0.1, "extra_every": 3, "extra_steps": 6, "extra_beta": 0.0, "extra_gate": None}
 
@@ -63,7 +64,7 @@ def test_numpy_knobs_become_plain_numbers():
         extra_beta=np.float32(0.5),
         extra_gate=np.float64(0.4),
     )
-    types = {key: type(value) for key, value in optimizer.param_groups[0].items() if key.startswith("extra_")}
+    types = {key: type(optimizer.param_groups[0][key]) for key in KNOBS}
     assert types == {
         "extra_every": int,
         "extra_steps": int,
