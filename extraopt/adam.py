@@ -38,9 +38,11 @@ class ExtraAdam(AdamW, Cycles):
             &\hspace{10mm}g \leftarrow \mathrm{clip} \Big(
                 \frac{\cos(D, V) - c}{\gamma \, (1 - c)}, \, 0, \, 1 \Big)
                 \text{ to the nearest } 1/256; \; 1 \text{ if } \gamma = \text{None}              \\
+            &\hspace{10mm}H \leftarrow N \, j / (j + 2) \text{ for } j \text{ drifts in } V
+                ; \; N \text{ if } \gamma = \text{None}                                          \\
             &\hspace{10mm}V' \leftarrow b V + (1 - b) D                                          \\
             &\hspace{10mm}\textbf{if} \: t \geq s \text{ and, with a gate, } D \neq 0, \: V \neq 0: \;
-                \theta_t \leftarrow \theta_t + g \, (N / k) \, V' - (1 - g) \, D / 2             \\
+                \theta_t \leftarrow \theta_t + g \, (H / k) \, V' - (1 - g) \, D / 2             \\
             &\hspace{10mm}V \leftarrow V'                                                       \\
             &\hspace{10mm}A \leftarrow \theta_t                                                  \\
             &\rule{110mm}{0.4pt}                                                          \\[-1.ex]
@@ -55,7 +57,8 @@ class ExtraAdam(AdamW, Cycles):
     at the defaults 0.52 for one drift, falling to 0.16). As far as the gate is shut the tensor retreats, by half of its
     drift at most: the mean of anchor and weights, as in Lookahead, holds less noise than the weights. A gated tensor
     that did not move in this cycle, or has no estimate yet, stays where AdamW put it; so nothing jumps in the first
-    cycle. Moments are kept over a jump.
+    cycle. The horizon grows with the drifts in the estimate, because the first ones mislead: a third of :math:`N` at
+    the first jump, a half at the second, nine tenths at the eighteenth. Moments are kept over a jump.
 
     ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None`` is the rule of RL-Extra in `Linear Dynamics in
     the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and an outer SGD step
@@ -81,8 +84,8 @@ class ExtraAdam(AdamW, Cycles):
         fused (bool, optional): AdamW's fused implementation (default: None)
         extra_every (int, optional): :math:`k`, applied steps in a cycle, >= 1 (default: 10). After changing it during
             training call :meth:`reset_anchor`.
-        extra_steps (int, optional): :math:`N`, steps to jump at the end of a cycle, >= 0; 0 is AdamW, bit for bit, with
-            no extra state (default: 200)
+        extra_steps (int, optional): :math:`N`, steps to jump at the end of a cycle, >= 0, once the estimate has seen
+            many; 0 is AdamW, bit for bit, with no extra state (default: 200)
         extra_beta (float, optional): :math:`b`, averaging of the drift over cycles, in [0, 1); None is
             :math:`\max(0, 1 - k / N)`, 0.95 at the defaults (default: None)
         extra_gate (float, optional): :math:`\gamma`, the part of the way from momentum's coherence to 1 at which a gate

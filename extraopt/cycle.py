@@ -21,7 +21,7 @@ class JumpReport:
 
     Attributes:
         step: applied optimizer steps of the tensors concerned (the largest, where they differ).
-        gate: how far the gates were open, 0 (nothing jumped) to 1 (all of the estimate by the whole horizon): the root
+        gate: how far the gates were open, 0 (nothing jumped) to 1 (all, as far as the drifts seen allow): the root
             mean square over tensors, by the squared length of their estimates.
         coherence: cos(drift of this cycle, estimate so far) over all gated tensors together, -1 to 1.
         drift_norm: ||V||, the estimate after this cycle, in weight units.
@@ -48,6 +48,7 @@ class Lane:
         seen: drifts that each tensor's estimate has taken in so far.
         momentum: decay of the optimizer's momentum, which makes drifts agree where nothing else does.
         ratios: what `end_cycle` made of it: each tensor's jump as a multiple of its estimate.
+        forgotten: likewise, the tensors whose estimate was not finite and is zeros again, by index.
     """
 
     params: list[Tensor]
@@ -63,6 +64,7 @@ class Lane:
     momentum: float = 0.9
     differentiable: bool = False
     ratios: list[float] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)
 
 
 def new_anchor(p: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
 
     Args:
         lanes: at least one, none empty; floating or complex tensors of any shapes, layouts and devices, DTensors too.
-            Their params, anchors and drifts are written in place, their ratios anew.
+            Their params, anchors and drifts are written in place, what they were refused or jumped anew.
 
     Returns:
         What was done, over all lanes.
@@ -184,14 +186,16 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
             may &= ~gates.still(s)
         floor = [gates.momentum_coherence(lane.every, lane.beta, lane.momentum, max(1, n)) for n in lane.seen]
         g = gates.openness(gates.coherence(s), lane.gate, torch.tensor(floor, dtype=torch.float64))
-        ratios = (g * lane.horizon / lane.every).where(may, 0.0)
+        grown = torch.tensor([gates.growth(n, lane.gate) for n in lane.seen], dtype=torch.float64)
+        ratios = (g * grown * lane.horizon / lane.every).where(may, 0.0)
         retreats = ((1 - g) * gates.RETREAT).where(may, 0.0)
         norms = gates.averaged_norm(s, lane.beta)
         jumps = (ratios * norms + retreats * s[:, 1].sqrt()).where(may, 0.0)
         overflow = gates.overflows(s, jumps, [p.dtype for p in lane.params]) & (jumps > 0)
         ratios[overflow] = retreats[overflow] = 0.0
         lane.ratios = ratios.tolist()
-        _apply(lane, finite.tolist(), lane.ratios, retreats.tolist(), s[:, 2].isfinite().tolist())
+        lane.forgotten = [] if lane.drifts is None else (~s[:, 2].isfinite()).nonzero().flatten().tolist()
+        _apply(lane, finite.tolist(), lane.ratios, retreats.tolist())
 
         gated_sq += float((norms * g)[ratios > 0].square().sum())
         drift_sq += float(norms[finite].square().sum())
@@ -212,17 +216,16 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
     return JumpReport(step, gate, cosine, drift_sq**0.5, weight_sq**0.5, jumped, len(refused))
 
 
-def _apply(
-    lane: Lane, finite: list[bool], ratios: list[float], retreats: list[float], drift_finite: list[bool]
-) -> None:
+def _apply(lane: Lane, finite: list[bool], ratios: list[float], retreats: list[float]) -> None:
     chosen = [i for i, ok in enumerate(finite) if ok]
     for i in set(range(len(finite))) - set(chosen):
         lane.anchors[i].copy_(lane.params[i])
-        if lane.drifts is not None and not drift_finite[i]:
-            lane.drifts[i].zero_()
-
     params, anchors = [lane.params[i] for i in chosen], [lane.anchors[i] for i in chosen]
-    drifts = None if lane.drifts is None else [lane.drifts[i] for i in chosen]
+    drifts = None
+    if lane.drifts is not None:
+        for i in lane.forgotten:
+            lane.drifts[i].zero_()
+        drifts = [lane.drifts[i] for i in chosen]
     ratios, retreats = [ratios[i] for i in chosen], [retreats[i] for i in chosen]
     if not lane.differentiable:
         local_drifts = None if drifts is None else _local(drifts)

@@ -90,6 +90,9 @@ class Cycles:
     def _end(self, lanes: list[Lane]) -> None:
         with self._moving([p for lane in lanes for p in lane.params]):
             self._last_jump[:] = [end_cycle(lanes)]
+        for lane in lanes:
+            for i in lane.forgotten:
+                self.state[lane.params[i]]["extra_origin"] = lane.steps[i]
         for group in self.param_groups:
             group["extra_scale"] = min(1.0, group["extra_scale"] * GROW)
         first = self.param_groups[0]
@@ -115,8 +118,8 @@ class Cycles:
 
         For trainers that know a better moment than a count of steps: before weights are sent to an inference engine,
         at the end of an RL iteration. The drift is that of the steps taken since the anchor, so a cycle that is ended
-        after j of its k steps jumps about j/k of the horizon. Parameters without an applied step since their anchor are
-        left alone: calling this twice, or right after a cycle ended by itself, does nothing.
+        after a part of its k steps jumps about that part as far. Parameters without an applied step since their anchor
+        are left alone: calling this twice, or right after a cycle ended by itself, does nothing.
 
         Returns:
             What was done, or None where there was nothing to do.

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+HALFWAY = 2  # drifts in an estimate that let it jump by half of the horizon
 RETREAT = 0.5  # part of its drift that a tensor takes back where its gate is shut: Lookahead with alpha = 1 - RETREAT
 
 
@@ -62,6 +63,18 @@ def openness(cosines: Tensor, gate: float | None, floor: Tensor) -> Tensor:
     if gate is None:
         return torch.ones_like(cosines)
     return (256 * ((cosines - floor) / (gate * (1 - floor))).clamp(0, 1)).round() / 256
+
+
+def growth(seen: int, gate: float | None) -> float:
+    """How much of the horizon an estimate may jump, in [0, 1): seen / (seen + 2); without a gate, 1.
+
+    The first drift misleads: AdamW's first steps are as long as the learning rate in every weight, whatever the
+    gradient. An estimate earns its horizon drift by drift.
+
+    Args:
+        seen: drifts in the estimate before the newest one, >= 0.
+    """
+    return 1.0 if gate is None else seen / (seen + HALFWAY)
 
 
 def still(sums: Tensor) -> Tensor:

@@ -153,15 +153,15 @@ def _charts(run: Run, summary: dict[str, Any]) -> list[str]:
         add(escape(key), f"As logged, at real optimizer steps{says}.", partial(curve, effective=False))
         if found and run.ahead is not None:
             says = (
-                "The same values, at real steps plus gate times horizon of each cycle. A band is as wide as its jump; "
-                "one that was taken back has no width."
+                "The same values, at real steps plus those jumped: gate times horizon, which grows with the cycles "
+                "seen. A band is as wide as its jump; one that was taken back has no width."
             )
             add(f"{escape(key)}, effective steps", says, partial(curve, effective=True), "effective step")
     if not found:
         return charts
     says = (
-        "How far the gates were open when a cycle ended, over all tensors: 0, nothing jumped; 1, the whole estimate by "
-        "the whole horizon. The first cycle has no estimate to compare with."
+        "How far the gates were open when a cycle ended, over all tensors: 0, nothing jumped; 1, all, as far as "
+        "the cycles seen allow. The first cycle has no estimate to compare with."
     )
     add("Gate", says, partial(_gates, found=found))
     levels = "Noise shows what momentum alone makes of it: 0.52 falling to 0.16 at the default knobs."

@@ -15,6 +15,7 @@ import torch
 from .checkpoints import CheckpointError
 from .checkpoints.find import split_step
 from .cycles import _momentum
+from .gate import growth
 from .knobs import KNOBS, check_knobs
 from .rollback import GROW, SHRINK
 
@@ -62,7 +63,7 @@ class Ends:
     Attributes:
         row: the log that tells of them.
         count: how many they are; 1 where k is not known.
-        ahead: steps jumped, gate times horizon, less what was taken back; None without a horizon.
+        ahead: steps jumped, gate times the horizon as grown by then, less what was taken back; None without a horizon.
         seen: cycles before them.
     """
 
@@ -184,7 +185,8 @@ def ends(run: Run) -> list[Ends]:
     steps = [row["step"] for row in logs]
     gap = min((b - a for a, b in zip(steps, steps[1:])), default=math.inf)
     begun = max(0.0, steps[0] - gap) if steps else 0.0  # the log may begin in mid-run
-    every, scale, seen, found = (run.knobs or {}).get("extra_every"), 1.0, 0, list[Ends]()
+    every, gated = (run.knobs or {}).get("extra_every"), (run.knobs or KNOBS)["extra_gate"]
+    scale, seen, found = 1.0, int(begun // every) if every else 0, list[Ends]()
     for row, last in zip(logs, [begun, *steps]):
         for _ in range(int(min(value_or_0(row, "extra/taken_back"), len(found)))):  # made before the cycles of this log
             scale *= SHRINK
@@ -194,7 +196,8 @@ def ends(run: Run) -> list[Ends]:
         if "extra/gate" in row:
             count = max(1, int(row["step"] // every - last // every)) if every else 1
             gate = min(1.0, max(0.0, value_or_0(row, "extra/gate")))
-            ahead = None if run.ahead is None else gate * run.ahead * scale * count
+            grown = sum(growth(seen + i, gated) for i in range(count))
+            ahead = None if run.ahead is None else gate * run.ahead * scale * grown
             found.append(Ends(row, count, ahead, seen))
             scale, seen = min(1.0, scale * GROW ** min(count, 100)), seen + count
     return found

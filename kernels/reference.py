@@ -49,6 +49,7 @@ def end_cycle(
     w = (1 - beta) * beta**age
     floor = float(cov[0, 1:] @ w / (cov[0, 0] * (w @ cov[1:, 1:] @ w)).sqrt())
 
+    horizon = steps if gate is None else steps * seen / (seen + 2)
     E, A, V = ([t.double() for t in ts] for ts in (weights, anchors, drifts))
     new_W: list[Tensor] = []
     new_V: list[Tensor] = []
@@ -63,6 +64,6 @@ def end_cycle(
         if not jump or (gate is not None and norms == 0):
             g, w = 0.0, e
         else:
-            w = e + g * (steps / every) * nv - (1 - g) / 2 * d
+            w = e + g * (horizon / every) * nv - (1 - g) / 2 * d
         new_W, new_V, gates = [*new_W, w], [*new_V, nv], [*gates, g]
     return new_W, new_V, gates

@@ -45,6 +45,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from extraopt import ExtraAdam, cycles
+from extraopt.gate import growth
 
 with contextlib.suppress(ImportError):
     import deepspeed  # noqa: F401  accelerate would import it in each life anew
@@ -110,7 +111,8 @@ def watch(plan: Plan, rank: int) -> None:
         shared[JUMPING] = 0
         for lane in lanes if rank == 0 else ():
             shared[JUMPS] += sum(ratio > 0 for ratio in lane.ratios)
-            shared[RETREATS] += sum(ratio < lane.horizon / lane.every for ratio in lane.ratios if report.step > EVERY)
+            opened = [lane.horizon / lane.every * growth(seen, lane.gate) for seen in lane.seen]
+            shared[RETREATS] += sum(ratio < most for ratio, most in zip(lane.ratios, opened) if report.step > EVERY)
         return report
 
     torch_save, safe_save_file, to_json = torch.save, modeling_utils.safe_save_file, TrainerState.save_to_json

@@ -744,7 +744,9 @@ def _check_the_rule(make: Make, dtype: torch.dtype, every: int) -> None:
         if (step + 1) % every:
             assert_same(params, plain, f"{dtype}: step {step + 1} ends no cycle")
             continue
-        after, drifts, opened = next_cycle(optimizer, plain, anchors, drifts, every, cycle)
+        before = zip(plain, anchors, drifts, (cycle, cycle, max(0, cycle - 1)), strict=True)
+        ends = [next_cycle(optimizer, [e], [a], [v], every, seen) for e, a, v, seen in before]
+        after, drifts, opened = ([t for end in ends for t in end[i]] for i in range(3))
         unit = torch.float64 if dtype == torch.float64 else torch.float32
         for p, w, e, a, v, g in zip(params, after, plain, anchors, drifts, opened):
             # half a spacing of the result where it is stored, and a few of the unit that it is computed in

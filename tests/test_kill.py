@@ -45,7 +45,7 @@ def kill(folder: Path, seed: int, kills: int, timeout: float) -> dict[str, dict[
 def check(record: dict[str, Any], kills: int) -> None:
     assert record["kills"] == kills and record["finished_runs"] > 0
     assert record["equal_runs"] == record["finished_runs"], record["differences"]
-    assert record["jumps"] > 4 and record["retreats"] > 4, "a run without them loses nothing with its anchors"
+    assert record["jumps"] > 4 and record["retreats"] > 2, "a run without them loses nothing with its anchors"
     assert record["kills_in_save"] >= kills / 5 and record["kills_near_jump"] >= kills / 5
     assert record["incomplete_checkpoints"] > 0, "no kill left a checkpoint that was cut off"
 

@@ -64,7 +64,8 @@ def test_the_numbers_are_those_of_a_trainers_run(trained, capsys, monkeypatch, t
     assert result["mean_gate"] == pytest.approx(sum(gates[1:]) / 9)
     assert result["mean_coherence"] == pytest.approx(sum(log["extra/coherence"] for log in logged[1:]) / 9)
     assert result["knobs"]["extra_every"] == 3 and result["horizon"] == 6
-    assert result["effective_steps"] == pytest.approx(30 + 6 * sum(gates))
+    ahead = [6 * gate * j / (j + 2) for j, gate in enumerate(gates)]
+    assert result["effective_steps"] == pytest.approx(30 + sum(ahead))
     assert result["metrics"]["loss"]["first"] == pytest.approx(sum(losses[:6]) / 6)
     assert result["metrics"]["loss"]["last"] == pytest.approx(sum(losses[-6:]) / 6)
     memory = result["bytes_per_parameter"]
@@ -76,11 +77,11 @@ def test_the_numbers_are_those_of_a_trainers_run(trained, capsys, monkeypatch, t
     assert (
         facts["steps"] == "30" and facts["cycles ended"] == "10" and facts["mean gate"] == f"{sum(gates[1:]) / 9:.2f}"
     )
-    assert facts["effective steps"] == f"{30 + 6 * sum(gates):.0f}"
+    assert facts["effective steps"] == f"{30 + sum(ahead):.0f}"
     assert facts["loss, first to last"] == f"{sum(losses[:6]) / 6:.3g} \u2192 {sum(losses[-6:]) / 6:.3g}"
-    for row, log in zip(page.rows(), logged, strict=True):
+    for row, log, jump in zip(page.rows(), logged, ahead, strict=True):
         assert row[0] == str(log["step"]) and row[1] == f"{log['extra/gate']:.4g}"
-        assert row[3] == f"{log['extra/drift_norm']:.4g}" and row[7] == f"{6 * log['extra/gate']:.4g}"
+        assert row[3] == f"{log['extra/drift_norm']:.4g}" and row[7] == f"{jump:.4g}"
     titles = [svg.get("aria-label") for svg in svgs((tmp_path / "new" / "page.html").read_text())]
     assert titles == [
         "loss, by optimizer step",
@@ -129,8 +130,9 @@ def test_steps_ahead_stand_in_for_a_checkpoint(tmp_path: Path):
     assert summary["effective_steps"] is None and any("--steps-ahead" in note for note in summary["notes"])
     page = page_of(tmp_path / "run")
     assert "effective step<" not in page and Page(page).facts()["effective steps"] == "unknown"
-    summary = summarize(read_run(tmp_path / "run", ahead=50))
-    assert summary["effective_steps"] == pytest.approx(120 + 50 * (4.5 + 0.1)) and not summary["notes"]
+    summary = summarize(run := read_run(tmp_path / "run", ahead=50))
+    ahead = [e.row["extra/gate"] * 50 * j / (j + 2) for j, e in enumerate(ends(run))]
+    assert summary["effective_steps"] == pytest.approx(120 + sum(ahead)) and not summary["notes"]
     assert "effective step<" in page_of(tmp_path / "run", ahead=50)
 
 
@@ -140,7 +142,7 @@ def test_a_jump_taken_back_counts_for_nothing_and_shortens_those_after_it(tmp_pa
         log["extra/taken_back"] = int(log["step"] in (34, 50))  # at 50 of the one at 40, not of the one that ends there
     logs.append({"step": 50, "train_runtime": 3.0, "train_loss": 1.0, "loss": 9.0, "extra/taken_back": 0})
     run = read_run(jsonl(tmp_path, logs), ahead=100)
-    assert [e.ahead for e in ends(run)] == pytest.approx([0, 10, 0, 0, 40 * 0.55 * 0.5])
+    assert [e.ahead for e in ends(run)] == pytest.approx([0, 10 / 3, 0, 0, 40 * 0.55 * 0.5 * 4 / 6])
     summary = summarize(run)
     assert summary["taken_back"] == 2 and summary["metrics"]["loss"]["values"] == 50
     assert any(words.startswith("2 jumps were taken back") for words in summary["warnings"])
@@ -160,7 +162,8 @@ def test_horizons_are_the_optimizers_own(tmp_path: Path):
         logs.append({"step": step, "extra/taken_back": int(back)})
         if optimizer.last_jump is not before:
             logs[-1] |= {"extra/gate": optimizer.last_jump.gate, "extra/jumped": optimizer.last_jump.jumped}
-            jumps[step] = optimizer.last_jump.gate * scale * 10
+            seen = step // 5 - 1
+            jumps[step] = optimizer.last_jump.gate * scale * 10 * seen / (seen + 2)
         if back:
             jumps[max(jumps)] = 0.0
     summary = summarize(run := read_run(jsonl(tmp_path, logs), ahead=10))
@@ -175,8 +178,11 @@ def test_logs_over_several_cycles_count_them_all():
     run = Run("run", rows, {**knobs, "momentum": 0.9}, 30)
     assert [(e.count, e.seen) for e in ends(run)] == [(3, 0), (3, 3), (4, 6)]
     summary = summarize(run)
-    assert summary["cycles"] == 10 and summary["jumped_steps"] == 0.5 * 30 * 10
+    ahead = [0.5 * 30 * j / (j + 2) for j in range(10)]
+    assert summary["cycles"] == 10 and summary["jumped_steps"] == pytest.approx(sum(ahead))
     assert any("several cycles" in note for note in summary["notes"])
+    late = Run("late", rows[1:], {**knobs, "momentum": 0.9}, 30)
+    assert [(e.count, e.seen) for e in ends(late)] == [(3, 3), (4, 6)], "the log begins in mid-run"
     assert any("k is not known" in note for note in summarize(Run("run", rows))["notes"])
 
 

@@ -175,7 +175,8 @@ class Model:
         for track, (p, drift) in zip(due, landed):
             group, e, a = track.group, track.weight, track.anchor
             assert a is not None
-            k, b, horizon = group.every, group.beta, group.horizon * group.scale
+            k, b, steps = group.every, group.beta, group.horizon * group.scale
+            horizon = steps * track.cycles / (track.cycles + 2) if group.gate is not None else steps
             v = track.drift if group.estimates and track.drift is not None else torch.zeros_like(e)
             d = e.double() - a.double()
             track.since, track.cycles = 0, track.cycles + 1
@@ -184,14 +185,14 @@ class Model:
                 refused += 1
                 track.anchor = e.clone()
                 if group.estimates and not math.isfinite(measured[2]):
-                    track.drift = torch.zeros_like(e)
+                    track.drift, track.cycles = torch.zeros_like(e), 0
                 gate = 0.0
             else:
                 if track in watched:
                     dot, dd, vv = dot + float((d * v.double()).sum()), dd + measured[1], vv + measured[2]
                 allowed = track.step >= group.options["extra_start"]
                 (w,), (nv,), (gate,) = reference.end_cycle(
-                    [e], [a], [v], every=k, steps=horizon, beta=b, gate=group.gate,
+                    [e], [a], [v], every=k, steps=steps, beta=b, gate=group.gate,
                     momentum=group.options["betas"][0], seen=track.cycles - 1, jump=allowed,
                 )  # fmt: skip
                 moves = allowed and (group.gate is None or min(measured[1:]) > 0)

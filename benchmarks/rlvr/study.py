@@ -64,10 +64,12 @@ RULES = (
     "trust=.02",
     "decay=.05",
     "start=50",
-    "skip=1",
-    "warm=6",
-    "doubt=2",
+    "doubt=0",
+    "doubt=0 skip=1",
+    "doubt=0 warm=6",
+    "doubt=4",
     "exclude=norm|tokens|positions|head",
+    "product=1",
 )
 
 
@@ -92,16 +94,18 @@ class Rule(optimizers.Trained):
         skip: first drifts that the estimate does not take in.
         early: part of them that is taken back, but for the very first.
         warm: the horizon is short at first: N * (1 - b**(warm * drifts seen)).
-        doubt: likewise, N * seen / (seen + doubt).
+        doubt: likewise, N * seen / (seen + doubt), as ExtraAdam's.
         exclude: parameters whose names have one of these never jump.
+        product: B of a LoRA pair lands where B A moves as the jumps of A and of B say to first order, as near as its
+            rank allows, without the jumps' own product.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, scope: str = "tensor", low: float = -1.0,
         gate: float = 0.5, k: int = 10, n: float = 200, b: float = 0.95, retreat: float = 0.5, under: float = 0.0,
         moments: str = "keep", lr_units: bool = False, auto: float = 0.0, restart: bool = False, trust: float = 0.0,
-        decay: float = 0.0, start: int = 0, skip: int = 0, early: float = 0.0, warm: float = 0.0, doubt: float = 0.0,
-        exclude: str = "",
+        decay: float = 0.0, start: int = 0, skip: int = 0, early: float = 0.0, warm: float = 0.0, doubt: float = 2.0,
+        exclude: str = "", product: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model, optimizer)
         self.scope, self.low, self.gate, self.k, self.n, self.b = scope, low, gate, k, n, b
@@ -113,6 +117,8 @@ class Rule(optimizers.Trained):
         self.excluded = [bool(exclude) and any(word in name for word in exclude.split("|")) for name, _ in named]
         self.anchors = [p.detach().clone() for p in self.params]
         self.drifts = [torch.zeros_like(p) for p in self.params]
+        at = {name: i for i, (name, _) in enumerate(named)}
+        self.pairs = [(at[n], at[n.replace("lora_A", "lora_B")]) for n in at if product and "lora_A" in n]
         self.steps, self.lr, self.factor = 0, 0.0, 1.0
 
     @torch.no_grad()
@@ -142,6 +148,7 @@ class Rule(optimizers.Trained):
         if seen:
             horizon *= seen / (seen + self.doubt)
         open_sq = norm_sq = 0.0
+        ends = [p.clone() for p in self.params] if self.pairs else []
         for p, a, d, v, own, out in zip(self.params, self.anchors, moved, self.drifts, sums, self.excluded):
             dv, dd, vv = whole if self.scope == "global" else own
             g = self._gate(dv, dd, vv, seen) if seen and dd * vv > 0 else 0.0
@@ -163,6 +170,11 @@ class Rule(optimizers.Trained):
                 if g:
                     self._reset(self.optimizer.state[p])
             a.copy_(p)
+        for i, j in self.pairs:
+            A, B, E = self.params[i], self.params[j], ends[i]
+            mixed = torch.linalg.lstsq((A @ A.T).double(), (A @ E.T).double()).solution.T.to(B.dtype)  # E A'(A' A')^-1
+            B.copy_(ends[j] + (B - ends[j]) @ mixed)
+            self.anchors[j].copy_(B)
         if self.auto and seen:
             factor = self.factor * math.exp(self.auto * (2 * open_sq / norm_sq - 1))
             self.factor = min(10.0, max(0.1, factor))
