@@ -38,7 +38,7 @@ class ExtraAdam(AdamW, Cycles):
             &\hspace{10mm}g \leftarrow \mathrm{clip} \Big(
                 \frac{\cos(D, V) - c}{\gamma \, (1 - c)}, \, 0, \, 1 \Big)
                 \text{ to the nearest } 1/256; \; 1 \text{ if } \gamma = \text{None}              \\
-            &\hspace{10mm}H \leftarrow N \, j / (j + 2) \text{ for } j \text{ drifts in } V
+            &\hspace{10mm}H \leftarrow N \, j / (j + 1) \text{ for } j \text{ drifts in } V
                 ; \; N \text{ if } \gamma = \text{None}                                          \\
             &\hspace{10mm}V' \leftarrow b V + (1 - b) D                                          \\
             &\hspace{10mm}\textbf{if} \: t \geq s \text{ and, with a gate, } D \neq 0, \: V \neq 0: \;
@@ -57,8 +57,9 @@ class ExtraAdam(AdamW, Cycles):
     at the defaults 0.52 for one drift, falling to 0.16). As far as the gate is shut the tensor retreats, by half of its
     drift at most: the mean of anchor and weights, as in Lookahead, holds less noise than the weights. A gated tensor
     that did not move in this cycle, or has no estimate yet, stays where AdamW put it; so nothing jumps in the first
-    cycle. The horizon grows with the drifts in the estimate, because the first ones mislead: a third of :math:`N` at
-    the first jump, a half at the second, nine tenths at the eighteenth. Moments are kept over a jump.
+    cycle. The horizon grows with the drifts in the estimate, because the first ones mislead: a half of :math:`N` at
+    the first jump, two thirds at the second; with :math:`b = 1 - k / N` a straight path never jumps further ahead than
+    its estimate had looked back. Moments are kept over a jump.
 
     ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None`` is the rule of RL-Extra in `Linear Dynamics in
     the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and an outer SGD step

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-HALFWAY = 2  # drifts in an estimate that let it jump by half of the horizon
+HALFWAY = 1  # drifts in an estimate that let it jump by half of the horizon
 RETREAT = 0.5  # part of its drift that a tensor takes back where its gate is shut: Lookahead with alpha = 1 - RETREAT
 
 
@@ -66,10 +66,10 @@ def openness(cosines: Tensor, gate: float | None, floor: Tensor) -> Tensor:
 
 
 def growth(seen: int, gate: float | None) -> float:
-    """How much of the horizon an estimate may jump, in [0, 1): seen / (seen + 2); without a gate, 1.
+    """How much of the horizon an estimate may jump, in [0, 1): seen / (seen + 1); without a gate, 1.
 
     The first drift misleads: AdamW's first steps are as long as the learning rate in every weight, whatever the
-    gradient. An estimate earns its horizon drift by drift.
+    gradient. With b = 1 - k / N a straight path then never jumps more drifts ahead than its estimate had seen.
 
     Args:
         seen: drifts in the estimate before the newest one, >= 0.

@@ -49,7 +49,7 @@ def end_cycle(
     w = (1 - beta) * beta**age
     floor = float(cov[0, 1:] @ w / (cov[0, 0] * (w @ cov[1:, 1:] @ w)).sqrt())
 
-    horizon = steps if gate is None else steps * seen / (seen + 2)
+    horizon = steps if gate is None else steps * seen / (seen + 1)
     E, A, V = ([t.double() for t in ts] for ts in (weights, anchors, drifts))
     new_W: list[Tensor] = []
     new_V: list[Tensor] = []

@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_a_trainers_run(trained, capsys, monkeypatch, t
     assert result["mean_gate"] == pytest.approx(sum(gates[1:]) / 9)
     assert result["mean_coherence"] == pytest.approx(sum(log["extra/coherence"] for log in logged[1:]) / 9)
     assert result["knobs"]["extra_every"] == 3 and result["horizon"] == 6
-    ahead = [6 * gate * j / (j + 2) for j, gate in enumerate(gates)]
+    ahead = [6 * gate * j / (j + 1) for j, gate in enumerate(gates)]
     assert result["effective_steps"] == pytest.approx(30 + sum(ahead))
     assert result["metrics"]["loss"]["first"] == pytest.approx(sum(losses[:6]) / 6)
     assert result["metrics"]["loss"]["last"] == pytest.approx(sum(losses[-6:]) / 6)
@@ -131,7 +131,7 @@ def test_steps_ahead_stand_in_for_a_checkpoint(tmp_path: Path):
     page = page_of(tmp_path / "run")
     assert "effective step<" not in page and Page(page).facts()["effective steps"] == "unknown"
     summary = summarize(run := read_run(tmp_path / "run", ahead=50))
-    ahead = [e.row["extra/gate"] * 50 * j / (j + 2) for j, e in enumerate(ends(run))]
+    ahead = [e.row["extra/gate"] * 50 * j / (j + 1) for j, e in enumerate(ends(run))]
     assert summary["effective_steps"] == pytest.approx(120 + sum(ahead)) and not summary["notes"]
     assert "effective step<" in page_of(tmp_path / "run", ahead=50)
 
@@ -142,7 +142,7 @@ def test_a_jump_taken_back_counts_for_nothing_and_shortens_those_after_it(tmp_pa
         log["extra/taken_back"] = int(log["step"] in (34, 50))  # at 50 of the one at 40, not of the one that ends there
     logs.append({"step": 50, "train_runtime": 3.0, "train_loss": 1.0, "loss": 9.0, "extra/taken_back": 0})
     run = read_run(jsonl(tmp_path, logs), ahead=100)
-    assert [e.ahead for e in ends(run)] == pytest.approx([0, 10 / 3, 0, 0, 40 * 0.55 * 0.5 * 4 / 6])
+    assert [e.ahead for e in ends(run)] == pytest.approx([0, 10 / 2, 0, 0, 40 * 0.55 * 0.5 * 4 / 5])
     summary = summarize(run)
     assert summary["taken_back"] == 2 and summary["metrics"]["loss"]["values"] == 50
     assert any(words.startswith("2 jumps were taken back") for words in summary["warnings"])
@@ -163,7 +163,7 @@ def test_horizons_are_the_optimizers_own(tmp_path: Path):
         if optimizer.last_jump is not before:
             logs[-1] |= {"extra/gate": optimizer.last_jump.gate, "extra/jumped": optimizer.last_jump.jumped}
             seen = step // 5 - 1
-            jumps[step] = optimizer.last_jump.gate * scale * 10 * seen / (seen + 2)
+            jumps[step] = optimizer.last_jump.gate * scale * 10 * seen / (seen + 1)
         if back:
             jumps[max(jumps)] = 0.0
     summary = summarize(run := read_run(jsonl(tmp_path, logs), ahead=10))
@@ -178,7 +178,7 @@ def test_logs_over_several_cycles_count_them_all():
     run = Run("run", rows, {**knobs, "momentum": 0.9}, 30)
     assert [(e.count, e.seen) for e in ends(run)] == [(3, 0), (3, 3), (4, 6)]
     summary = summarize(run)
-    ahead = [0.5 * 30 * j / (j + 2) for j in range(10)]
+    ahead = [0.5 * 30 * j / (j + 1) for j in range(10)]
     assert summary["cycles"] == 10 and summary["jumped_steps"] == pytest.approx(sum(ahead))
     assert any("several cycles" in note for note in summary["notes"])
     late = Run("late", rows[1:], {**knobs, "momentum": 0.9}, 30)

@@ -64,12 +64,12 @@ def test_after_a_roll_back_jumps_are_half_as_long_and_recover() -> None:
         assert not optimizer.report(0.3)
         step(params, optimizer)
     ratio = optimizer.state[params[0]]["extra_ratio"]
-    assert ratio == pytest.approx(0.5 * 20 / 5 * 2 / 4)
+    assert ratio == pytest.approx(0.5 * 20 / 5 * 2 / 3)
     assert not torch.equal(drift[0], optimizer.state[params[0]]["extra_drift"])
     for _ in range(50):
         assert not optimizer.report(0.3)
         step(params, optimizer)
-    assert optimizer.state[params[0]]["extra_ratio"] == pytest.approx(20 / 5 * 12 / 14)
+    assert optimizer.state[params[0]]["extra_ratio"] == pytest.approx(20 / 5 * 12 / 13)
 
 
 def test_a_metric_that_is_only_noisy_takes_hardly_any_jump_back() -> None:

@@ -176,7 +176,7 @@ class Model:
             group, e, a = track.group, track.weight, track.anchor
             assert a is not None
             k, b, steps = group.every, group.beta, group.horizon * group.scale
-            horizon = steps * track.cycles / (track.cycles + 2) if group.gate is not None else steps
+            horizon = steps * track.cycles / (track.cycles + 1) if group.gate is not None else steps
             v = track.drift if group.estimates and track.drift is not None else torch.zeros_like(e)
             d = e.double() - a.double()
             track.since, track.cycles = 0, track.cycles + 1

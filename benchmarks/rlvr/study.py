@@ -67,7 +67,7 @@ RULES = (
     "doubt=0",
     "doubt=0 skip=1",
     "doubt=0 warm=6",
-    "doubt=4",
+    "doubt=2",
     "exclude=norm|tokens|positions|head",
     "product=1",
 )
@@ -104,7 +104,7 @@ class Rule(optimizers.Trained):
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, scope: str = "tensor", low: float = -1.0,
         gate: float = 0.5, k: int = 10, n: float = 200, b: float = 0.95, retreat: float = 0.5, under: float = 0.0,
         moments: str = "keep", lr_units: bool = False, auto: float = 0.0, restart: bool = False, trust: float = 0.0,
-        decay: float = 0.0, start: int = 0, skip: int = 0, early: float = 0.0, warm: float = 0.0, doubt: float = 2.0,
+        decay: float = 0.0, start: int = 0, skip: int = 0, early: float = 0.0, warm: float = 0.0, doubt: float = 1.0,
         exclude: str = "", product: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model, optimizer)
