@@ -36,15 +36,17 @@ ROWS = [
         "",
     ),
     (
-        "TRL `GRPOTrainer`, `RLOOTrainer`",
-        r"test_grpo_trainer|integrations_transformers::test_(a_jump_falls|use_extra_adam|a_resumed_run|ranks_take)",
+        "TRL `SFT`, `Reward`, `DPO`, `KTO`, `GRPO`, `RLOOTrainer`",
+        r"test_grpo_trainer|test_a_trl_trainer|"
+        r"integrations_transformers::test_(a_jump_falls|use_extra_adam|a_resumed_run|ranks_take)",
         "TRL, two ranks too",
-        "takes no optimizer class: `use_extra_adam`",
+        "all but SFT and Reward take no optimizer class: `use_extra_adam`",
     ),
     (
-        "PEFT: LoRA, LoRA+ in a Trainer",
-        r"(trainers|transformers|examples)::.*(lora|adapter|grpo)|test_jumping_both_factors",
-        "PEFT",
+        "PEFT: LoRA, rsLoRA, DoRA, LoRA+, bf16 and 4-bit bases, several adapters, in a Trainer",
+        r"(trainers|transformers|examples)::.*(lora|adapter|grpo)|test_jumping_both_factors|"
+        r"peft_trainers::(?!test_a_trl_trainer)",
+        "PEFT; bitsandbytes where installed",
         "A and B jump one by one",
     ),
     (
@@ -53,7 +55,7 @@ ROWS = [
         "accelerate; `accelerate launch`",
         "an offloaded optimizer is replaced unless told",
     ),
-    ("Lightning", r"lightning", "Lightning", ""),
+    ("Lightning", r"lightning", "Lightning", "averaged weights written in: `reset_anchor()`"),
     ("DDP", r"test_ddp", "2 ranks, gloo", ""),
     (
         "FSDP2, HSDP, tensor parallel",
@@ -82,6 +84,7 @@ ROWS = [
     ("verl, OpenRLHF: built by name, offloaded between steps", r"test_verl_contract::", "verl's calls, not verl", ""),
     ("other optimizers in `Extra`", r"test_wrap::", "torch's, schedulefree", "no evidence that it pays"),
     ("8-bit AdamW in `Extra`", r"8_bit", "torchao, bitsandbytes", "where they are installed"),
+    ("an installed wheel: beside `kernels`, without a compiler, from the sdist", r"test_packaging::", "pip", ""),
     ("runs killed at any moment", r"test_kill::", "SIGKILL; Trainer, and DCP on 2 ranks", ""),
 ]
 

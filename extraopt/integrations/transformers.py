@@ -35,6 +35,8 @@ class ExtraCallback(TrainerCallback):
     - **Aligns** cycles with generation: GRPO and RLOO may take several optimizer steps on one batch of completions,
       and a jump between them would be taken for a change of policy. When a run begins, ``extra_every`` of each group is
       raised to the next multiple of these steps; a log line says so. A resumed run keeps its cycles.
+    - **Starts a cycle** when a run begins that resumes nothing: ``load_best_model_at_end`` of the run before may have
+      written other weights.
     - **Takes back** a jump after which the metric is worse, by :meth:`extraopt.ExtraAdam.report`, if asked to.
 
     Args:
@@ -79,8 +81,12 @@ class ExtraCallback(TrainerCallback):
         if self.metric is not None:
             optimizer.report(math.nan)  # counts for nothing, but raises now what it would raise at the first log
         self._generation = _steps_per_generation(args)
-        if self._generation > 1 and state.global_step == 0:
-            _align(optimizer, self._generation, state.is_world_process_zero)
+        if state.global_step == 0:
+            if self._generation > 1:
+                _align(optimizer, self._generation, state.is_world_process_zero)
+            # Weights may have been written since the last step: the best ones, at the end of an earlier training.
+            # DeepSpeed's empty step, before the first, would put every cycle off by one.
+            optimizer.reset_anchor()
         self._log_first()
 
     def on_step_begin(
@@ -275,4 +281,3 @@ def _align(optimizer: Cycles, steps: int, say: bool) -> None:
             )  # fmt: skip
             say = False
         group["extra_every"] = every
-    optimizer.reset_anchor()  # DeepSpeed's empty step, before the first, would put every cycle off by one
