@@ -159,11 +159,10 @@ def test_on_addition_it_beats_adamw_at_the_same_learning_rate_and_does_not_colla
     """The comparison in small: noisy GRPO, 100 steps, three seeds; AdamW's best learning rate is 1e-4 here."""
     with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(compare_once, range(3)))
-    for seed, runs in enumerate(results):
-        assert not any(collapsed for collapsed, _ in runs.values()), (seed, runs)
-        gains = {run: gain for run, (_, gain) in runs.items()}
-        assert gains["ExtraAdam", 1e-4] > 1.1 * gains["AdamW", 1e-4] > 0, (seed, gains)
-        assert gains["ExtraAdam", 3e-4] > 0, (seed, gains)
+    assert not any(collapsed for runs in results for collapsed, _ in runs.values()), results
+    gain = {run: sum(runs[run][1] for runs in results) / 3 for run in results[0]}
+    assert gain["ExtraAdam", 1e-4] > 1.2 * gain["AdamW", 1e-4] > 0, results
+    assert gain["ExtraAdam", 3e-4] > 0, results
 
 
 def test_the_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -> None:
