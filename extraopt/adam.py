@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from .cycle import Countdown, JumpReport, new_anchor, new_drift, read_counters
 from .cycles import Cycles, group_keeps_drift, stands
 from .knobs import KNOBS, check_knobs
+from .loading import check_cycle, whole_or_not_at_all
 from .rollback import remembering
 
 
@@ -106,8 +107,8 @@ class ExtraAdam(AdamW, Cycles):
         starts a new cycle at its next step.
 
     Raises:
-        ValueError: a knob outside its range; a loaded anchor or drift whose shape is not the parameter's (the optimizer
-            is left as it was).
+        ValueError: a knob outside its range; a loaded state whose cycles no step could go on from, such as an anchor of
+            another shape than its parameter (the optimizer is left as it was).
         RuntimeError: sparse gradients; a step captured in a CUDA graph.
 
     Warns:
@@ -185,22 +186,30 @@ class ExtraAdam(AdamW, Cycles):
             group.update(check_knobs({**defaults, **{k: before[k] for k in KNOBS if k in before}, **group}))
             remembering(group)
             for j, p in enumerate(group["params"]):
-                for key in state["state"].get(p, {}).keys() & {"extra_anchor", "extra_drift"}:
-                    loaded = state["state"][p][key]
-                    if loaded.shape != p.shape:
-                        raise ValueError(
-                            f"{key} of parameter {j} in group {i} has shape {tuple(loaded.shape)}, but the parameter "
-                            f"has {tuple(p.shape)}: the state dict is of another model or another order of parameters."
-                        )
+                entries = state["state"].get(p, {})
+                check_cycle(entries, p, f"parameter {j} in group {i}", "step")
+                for key in entries.keys() & {"extra_anchor", "extra_drift"}:
                     # torch keeps the very tensors of a dict where dtype and device fit: another optimizer that loads
                     # the same dict would then move this one's anchors
-                    state["state"][p][key] = loaded.clone()
+                    entries[key] = entries[key].detach().clone()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
         for key, value in KNOBS.items():
             self.defaults.setdefault(key, value)
         if self.defaults.get("fused"):
             self._step_supports_amp_scaling = True  # AdamW's constructor sets it; pickle and deepcopy lose it
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of an ExtraAdam or of an AdamW.
+
+        Args:
+            state_dict (dict): what ``state_dict`` of one of them returned.
+
+        Raises:
+            ValueError: it is of other parameters, or damaged. The optimizer is left as it was.
+        """
+        with whole_or_not_at_all(self):
+            super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose parameters start a cycle of their own at their first step.

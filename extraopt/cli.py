@@ -7,6 +7,7 @@ nothing else does), progress and errors to stderr. Bad input is one line on stde
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -82,7 +83,7 @@ def linearity(
 
     found = [checkpoint for path in paths for checkpoint in find_checkpoints(path)]
     keep = Filter(min_move, min_values)
-    if prompts and not prompts.is_file():
+    if prompts and not os.path.isfile(prompts):
         raise CheckpointError(f"--prompts {prompts}: no such file")
     draw = _pictures(plots, format) if plots else None
     with progress("weights") as bar:
@@ -279,7 +280,7 @@ def report(
         from . import page
     except ImportError as error:
         raise CheckpointError(f"report needs matplotlib: pip install matplotlib ({error})") from error
-    file = output or (path if path.is_dir() else path.parent) / "extraopt-report.html"
+    file = output or (path if os.path.isdir(path) else path.parent) / "extraopt-report.html"
     if file.suffix not in (".html", ".htm"):
         raise CheckpointError(f"--output {file}: give a name that ends in .html")
     run = read_run(path, ahead=steps_ahead)
@@ -302,16 +303,19 @@ def _numbers(option: str, text: str) -> list[float]:
 
 def _command_score(command: str) -> Callable[[Path], float]:
     """Scores a model by the last number that a command prints. No shell is involved."""
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise CheckpointError(f"--eval {command!r}: {error}") from error
     if not any("{dir}" in word for word in words):
         raise CheckpointError(f"--eval {command!r} has no {{dir}}, which stands for the model's folder.")
 
     def score(folder: Path) -> float:
         filled = [word.replace("{dir}", str(folder)) for word in words]
         try:
-            done = subprocess.run(filled, capture_output=True, text=True)
-        except OSError as error:
-            raise CheckpointError(f"--eval: {words[0]} can not be run: {error.strerror}") from error
+            done = subprocess.run(filled, capture_output=True, text=True, errors="replace")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"--eval: {words[0]} can not be run: {error}") from error
         numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", done.stdout)
         if done.returncode or not numbers:
             said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]

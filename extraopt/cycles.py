@@ -26,10 +26,14 @@ def stands(group: Mapping[str, Any]) -> bool:
     return lr is not None and (not isinstance(lr, Tensor) or lr.is_cpu) and float(lr) == 0
 
 
-def _momentum(group: Mapping[str, Any]) -> float:
-    # By the names under which optimizers keep it. Without any, steps owe nothing to those before.
+def momentum_of(group: Mapping[str, Any]) -> float:
+    """The decay of an optimizer's momentum, by the names under which they keep it, in [0, 1).
+
+    Without any, steps owe nothing to those before; with 1 or more they never forget, for which no sum would end.
+    """
     betas = group.get("betas")
-    return float(betas[0] if betas else group.get("momentum") or group.get("beta1") or 0.0)
+    momentum = float(betas[0] if betas else group.get("momentum") or group.get("beta1") or 0.0)
+    return min(max(momentum, 0.0), 0.9999) if momentum == momentum else 0.0
 
 
 class Cycles:
@@ -82,8 +86,8 @@ class Cycles:
                 beta=averaging(group["extra_every"], group["extra_steps"], group["extra_beta"]),
                 gate=group["extra_gate"],
                 start=group["extra_start"],
-                momentum=_momentum(group),
-                differentiable=group.get("differentiable", False),
+                momentum=momentum_of(group),
+                differentiable=group.get("differentiable") is True,
             )
         ]
 
@@ -100,9 +104,9 @@ class Cycles:
         if not before[0] and not after[0]:
             return  # nobody reports; a compiled step, which watches every number in the state, need not know
         first["extra_reports"] = (*after, *EMPTY)  # checkpoints may give a list back
-        for state in self.state.values():
-            if "extra_ratio" in state:  # what is reported from now on says nothing about older jumps
-                state["extra_ratio"] = 0.0
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if "extra_ratio" in self.state.get(p, ()):  # what is reported from now on says nothing about older jumps
+                self.state[p]["extra_ratio"] = 0.0
         for lane in lanes:
             for p, ratio in zip(lane.params, lane.ratios if lane.drifts is not None else ()):
                 self.state[p]["extra_ratio"] = ratio

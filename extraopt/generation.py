@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .checkpoints import CheckpointError
 from .checkpoints.models import Prompt, base_of, check_tokens, encode_prompt, load_model, load_tokenizer
+from .checkpoints.read import read_text
 from .decoding import LogitsExtrapolation
 
 
@@ -85,7 +86,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         CheckpointError: what is wrong, and in which line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: can't be read as text ({error})") from error
     if path.suffix != ".jsonl":
@@ -98,7 +99,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             try:
                 row = json.loads(line)
                 prompt = row["messages"] if "messages" in row else row["prompt"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CheckpointError(f'{path}, line {number}: no object with "prompt" or "messages"') from error
             if not isinstance(prompt, (str, list)) or not prompt:
                 raise CheckpointError(f"{path}, line {number}: the prompt is neither a text nor messages")

@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 KNOBS = {"extra_every": 10, "extra_steps": 200, "extra_beta": None, "extra_gate": 0.5, "extra_start": 0}
+MOST = 2**53  # steps: a float tells no more of them apart
 
 
 def _count(name: str, value: Any, least: int) -> int:
     try:
-        if not isinstance(value, bool) and operator.index(value) >= least:
+        if not isinstance(value, bool) and least <= operator.index(value) <= MOST:
             return operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):
         pass
-    raise ValueError(f"Invalid {name}: {value!r}. It must be an integer >= {least}.")
+    raise ValueError(f"Invalid {name}: {value!r:.200}. It must be an integer >= {least} and <= 2**53.")
 
 
 def _fraction(name: str, value: Any, allowed: str, fits: Callable[[float], bool]) -> float | None:
@@ -24,9 +25,9 @@ def _fraction(name: str, value: Any, allowed: str, fits: Callable[[float], bool]
     try:
         if not isinstance(value, (bool, str)) and fits(float(value)):
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # of numbers too large, tensors of none or several
         pass
-    raise ValueError(f"Invalid {name}: {value!r}. It must be None or a number in {allowed}.")
+    raise ValueError(f"Invalid {name}: {value!r:.200}. It must be None or a number in {allowed}.")
 
 
 def check_knobs(knobs: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from .checkpoints import CheckpointError
 from .cycle import averaging
 from .gate import momentum_coherence
 from .plots import BLUE, GREEN, GREY, RED
-from .report import Ends, Row, Run, ends, value_or_0
+from .report import MOST_MARKS, Ends, Row, Run, ends, value_or_0
 
 INK, MOST_METRICS, MOST_LINES, FEW = "#1f2937", 5, 40, 50
 COLORS = {INK: "ink", GREY: "soft", BLUE: "line", GREEN: "jump", RED: "warn"}  # drawn in these, shown as CSS variables
@@ -96,16 +96,16 @@ def _curve(axes: Axes, run: Run, found: list[Ends], key: str, window: int, effec
         mean = [fmean(y[max(0, i + 1 - window) : i + 1]) for i in range(len(y))]
         axes.plot(x, mean, color=BLUE, linewidth=1.8)
     top = 1 if len(found) <= MOST_LINES else 0.08
-    for e in found:
+    for e in found[:: 1 + len(found) // MOST_MARKS]:
         start, gate = at[e.row["step"]], min(1.0, value_or_0(e.row, "extra/gate"))
         if effective and e.ahead:
             axes.axvspan(start, start + e.ahead, color=GREEN, alpha=0.1 + 0.35 * gate, linewidth=0)
         elif value_or_0(e.row, "extra/jumped") > 0:
             axes.axvline(start, ymax=top, color=GREEN, alpha=0.2 + 0.7 * gate, linewidth=1.2)
     for what, style in (("refused", ":"), ("taken_back", "--")):
-        for row in run.rows:
-            if value_or_0(row, f"extra/{what}") > 0:
-                axes.axvline(at[row["step"]], color=RED, linestyle=style, linewidth=1.4)
+        marked = [row for row in run.rows if value_or_0(row, f"extra/{what}") > 0]
+        for row in marked[:: 1 + len(marked) // MOST_MARKS]:
+            axes.axvline(at[row["step"]], color=RED, linestyle=style, linewidth=1.4)
 
 
 def _levels(axes: Axes, run: Run, found: list[Ends]) -> None:
@@ -114,9 +114,10 @@ def _levels(axes: Axes, run: Run, found: list[Ends]) -> None:
     if run.knobs and run.knobs["extra_gate"] is not None and found:
         every, gate = run.knobs["extra_every"], run.knobs["extra_gate"]
         beta = averaging(every, run.knobs["extra_steps"], run.knobs["extra_beta"])
-        most = math.ceil(10 / (1 - beta))  # drifts beyond these change nothing
-        steps = [e.row["step"] for e in found]
-        low = [momentum_coherence(every, beta, run.knobs["momentum"], min(most, max(1, e.seen))) for e in found]
+        most = min(10_000, math.ceil(10 / (1 - beta)))  # drifts beyond these change nothing
+        some = found if len(found) <= FEW * 10 else [*found[:: len(found) // (FEW * 10) + 1], found[-1]]
+        steps = [e.row["step"] for e in some]
+        low = [momentum_coherence(every, beta, run.knobs["momentum"], min(most, max(1, e.seen))) for e in some]
         axes.plot(steps, low, color=GREY, linestyle="--", linewidth=1.3)
         axes.plot(steps, [c + gate * (1 - c) for c in low], color=GREEN, linestyle=":", linewidth=1.6)
     _series(axes, found, "coherence")

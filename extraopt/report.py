@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 
 from .checkpoints import CheckpointError
 from .checkpoints.find import split_step
-from .cycles import _momentum
+from .checkpoints.read import check_records
+from .cycles import momentum_of
 from .gate import growth
 from .knobs import KNOBS, check_knobs
 from .rollback import GROW, SHRINK
@@ -24,6 +26,8 @@ Row = dict[str, float]
 PLAIN = ("reward", "loss", "learning_rate")
 MOST = 1e9  # steps of a horizon
 LARGEST = 1e38  # of numbers: what float32 overflows at counts as not finite, and axes could not be divided either
+MOST_BYTES, MOST_ROWS = 2**26, 100_000  # of a log: what can be read and drawn within a minute and a gigabyte
+MOST_MARKS = 2000  # jumps drawn in a chart
 SPEEDS = ("_runtime", "_per_second", "_time")  # of an evaluation, not of the model
 CURE = (
     "The log has no extra/ keys, so it does not tell what the optimizer did. In a Trainer, call use_extra_adam() of "
@@ -89,13 +93,13 @@ def read_run(path: Path, *, ahead: float | None = None) -> Run:
     """
     if ahead is not None and not 0 <= ahead <= MOST:
         raise CheckpointError(f"a horizon of {ahead:g} steps: give a number from 0 to {MOST:g}")
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such file or folder")
-    folder = path if path.is_dir() else path.parent
-    checkpoints = sorted((split_step(p)[1] or 0, p) for p in folder.glob("checkpoint-*") if p.is_dir())
+    folder = path if os.path.isdir(path) else path.parent
+    checkpoints = sorted((split_step(p)[1] or 0, p) for p in folder.glob("checkpoint-*") if os.path.isdir(p))
     folders = [folder, *(p for _, p in reversed(checkpoints))]
-    logs = [f / "trainer_state.json" for f in folders] + [folder / "log.jsonl"] if path.is_dir() else [path]
-    log = next((file for file in logs if file.is_file()), None)
+    logs = [f / "trainer_state.json" for f in folders] + [folder / "log.jsonl"] if os.path.isdir(path) else [path]
+    log = next((file for file in logs if os.path.isfile(file)), None)
     if log is None:
         raise CheckpointError(f"{path} holds no trainer_state.json, neither do its checkpoints, and no log.jsonl.")
     rows: dict[int, Row] = {}
@@ -113,8 +117,8 @@ def read_run(path: Path, *, ahead: float | None = None) -> Run:
                 row[key] = _number(value)
     if not rows:
         raise CheckpointError(f"{log} has no log with a step.")
-    name = (path if path.is_dir() or log.name != "trainer_state.json" else folder).resolve().name
-    state = next((f / "optimizer.pt" for f in folders if (f / "optimizer.pt").is_file()), None)
+    name = (path if os.path.isdir(path) or log.name != "trainer_state.json" else folder).resolve().name
+    state = next((f / "optimizer.pt" for f in folders if os.path.isfile(f / "optimizer.pt")), None)
     knobs, memory, parameters, notes = _optimizer(state) if state else (None, (), 0, ())
     if ahead is None and knobs:
         ahead = knobs["extra_steps"]
@@ -137,6 +141,10 @@ def _number(value: Any) -> float:
 def _entries(log: Path) -> list[dict[str, Any]]:
     line = 0
     try:
+        if (size := log.stat().st_size) > MOST_BYTES:
+            raise CheckpointError(
+                f"{log} has {size / 1e6:,.0f} MB, more than {MOST_BYTES / 1e6:,.0f}: give a part of it."
+            )
         text = log.read_text(encoding="utf-8-sig")
         if log.suffix == ".json":
             found = json.loads(text)
@@ -146,13 +154,19 @@ def _entries(log: Path) -> list[dict[str, Any]]:
             for words in text.split("\n"):
                 line += 1
                 found += [json.loads(words)] if words.strip() else []
+                if len(found) > MOST_ROWS:
+                    break
     except OSError as error:
         raise CheckpointError(f"{log} can not be read: {error.strerror}") from error
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         where = f", line {line}" if line else ""
         raise CheckpointError(f"{log}{where}: broken JSON ({str(error).splitlines()[0]})") from error
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise CheckpointError(f"{log} is no list of logs: give a trainer_state.json, or an object with a step a line.")
+    if len(found) > MOST_ROWS:
+        raise CheckpointError(f"{log} has more than {MOST_ROWS:,} logs: give a part of it, or every tenth.")
     return found
 
 
@@ -160,23 +174,36 @@ def _optimizer(file: Path) -> tuple[dict[str, Any] | None, tuple[tuple[str, floa
     """Knobs, bytes per parameter by kind of state, parameters, and notes. Reads no tensor's values."""
     where = f"{file.parent.name}/{file.name}"
     try:
+        check_records(file)
         saved = torch.load(file, map_location="meta", weights_only=True, mmap=True)
         states = [[(key, t) for key, t in s.items() if isinstance(t, torch.Tensor)] for s in saved["state"].values()]
         sizes: dict[str, int] = {}
         for key, t in (pair for state in states for pair in state):
             kind = printable(str(key))
             sizes[kind] = sizes.get(kind, 0) + t.numel() * t.element_size()
+        if sum(sizes.values()) > file.stat().st_size:
+            raise ValueError("its tensors are larger than the file")
         count = sum(max((t.numel() for _, t in state), default=0) for state in states)
         memory = tuple((key, size / count) for key, size in sorted(sizes.items()))
         groups = [group for group in saved["param_groups"] if group["params"]]
         if not all(KNOBS.keys() <= group.keys() for group in groups):
             return None, memory, count, (f"{where} is not ExtraAdam's: it has no extra_every and extra_steps.",)
-        knobs = [{**check_knobs(group), "momentum": float(_momentum(group))} for group in groups]
+        knobs = [{**check_knobs(group), "momentum": momentum_of(group)} for group in groups]
     except Exception as error:  # whatever a broken or foreign pickle raises
         return None, (), 0, (f"{where} can not be read ({type(error).__name__}): knobs and memory are left out.",)
     if not knobs or any(other != knobs[0] for other in knobs):
         return None, memory, count, (f"In {where} the parameter groups differ in their knobs, which are left out.",)
     return knobs[0], memory, count, ()
+
+
+def _grown(seen: int, count: int, gate: float | None) -> float:
+    """The sum of `growth` over `count` cycles, which may be more than could be added up one by one."""
+    grown, i = 0.0, 0
+    while i < count:
+        alike = min(count - i, max(1, (seen + i) // 100))  # cycles over which it hardly changes
+        grown += alike * growth(seen + i + alike // 2, gate)
+        i += alike
+    return grown
 
 
 def ends(run: Run) -> list[Ends]:
@@ -187,18 +214,22 @@ def ends(run: Run) -> list[Ends]:
     begun = max(0.0, steps[0] - gap) if steps else 0.0  # the log may begin in mid-run
     every, gated = (run.knobs or {}).get("extra_every"), (run.knobs or KNOBS)["extra_gate"]
     scale, seen, found = 1.0, int(begun // every) if every else 0, list[Ends]()
+    left, standing = 0, list[int]()  # jumps that could still be taken back, and what they are parts of
     for row, last in zip(logs, [begun, *steps]):
-        for _ in range(int(min(value_or_0(row, "extra/taken_back"), len(found)))):  # made before the cycles of this log
-            scale *= SHRINK
-            i = next((i for i in reversed(range(len(found))) if found[i].ahead), None)
-            if i is not None:
+        for _ in range(int(min(value_or_0(row, "extra/taken_back"), left))):  # made before the cycles of this log
+            left, scale = left - 1, scale * SHRINK
+            while standing and not found[standing[-1]].ahead:
+                standing.pop()
+            if standing:
+                i = standing[-1]
                 found[i] = replace(found[i], ahead=(found[i].ahead or 0.0) * (1 - 1 / found[i].count))
         if "extra/gate" in row:
             count = max(1, int(row["step"] // every - last // every)) if every else 1
             gate = min(1.0, max(0.0, value_or_0(row, "extra/gate")))
-            grown = sum(growth(seen + i, gated) for i in range(count))
-            ahead = None if run.ahead is None else gate * run.ahead * scale * grown
+            ahead = None if run.ahead is None else gate * run.ahead * scale * _grown(seen, count, gated)
+            standing.append(len(found))
             found.append(Ends(row, count, ahead, seen))
+            left += min(count, 100)
             scale, seen = min(1.0, scale * GROW ** min(count, 100)), seen + count
     return found
 
@@ -228,10 +259,14 @@ def summarize(run: Run) -> dict[str, Any]:
         [row[f"extra/{key}"] for row in judged if math.isfinite(row.get(f"extra/{key}", math.nan))]
         for key in ("gate", "coherence")
     )
-    evals = sorted({k for row in run.rows for k in row if k.startswith("eval_") and not k.endswith(SPEEDS)})
+    columns: dict[str, list[float]] = {}
+    for row in run.rows:
+        for key, value in row.items():
+            columns.setdefault(key, []).append(value)
+    evals = sorted(key for key in columns if key.startswith("eval_") and not key.endswith(SPEEDS))
     metrics = {}
     for key in ("reward", "loss", *evals):
-        values = [row[key] for row in run.rows if key in row]
+        values = columns.get(key, [])
         finite = [value for value in values if math.isfinite(value)]
         n = min(10, max(1, len(finite) // 5))
         if values:
@@ -265,6 +300,8 @@ def summarize(run: Run) -> dict[str, Any]:
     if found and run.ahead is None:
         notes.append("The horizon N is not known (no optimizer.pt of ExtraAdam's; --steps-ahead gives it): "
                      "effective steps are left out.")  # fmt: skip
+    if len(found) > MOST_MARKS:
+        notes.append(f"Of {len(found):,} logs of cycles the charts mark one in {1 + len(found) // MOST_MARKS}.")
     if found and not run.knobs and any(b["step"] - a["step"] > 1 for a, b in zip(run.rows, run.rows[1:])):
         notes.append("Logs are several steps apart and k is not known: each log of cycles counts as one cycle.")
     return {**summary, "notes": notes, "warnings": _warnings(summary), "verdict": _verdict(run, summary, gates)}

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .loading import is_number
+
 Window = tuple[float, float, float]
 """Count, mean and sum of squared deviations of the values reported in a stretch of training."""
 
@@ -20,9 +22,16 @@ def remembering(group: dict[str, Any]) -> None:
     """Give a group of parameters what `report` keeps in it, where it has none.
 
     From the start: torch.distributed.checkpoint reads only what a fresh optimizer has.
+
+    Raises:
+        ValueError: what a loaded group has is not that.
     """
-    group.setdefault("extra_scale", 1.0)
-    group.setdefault("extra_reports", EMPTY + EMPTY)
+    scale, reports = group.setdefault("extra_scale", 1.0), group.setdefault("extra_reports", EMPTY + EMPTY)
+    if not is_number(scale, 0) or scale > 1:
+        raise ValueError(f"Invalid extra_scale: {scale!r:.80}. It must be a number in [0, 1].")
+    floats = isinstance(reports, (tuple, list)) and all(isinstance(x, (int, float)) for x in reports)
+    if not floats or len(reports) != 6 or any(reports[i] < 0 for i in (0, 2, 3, 5)):  # counts and squares
+        raise ValueError(f"Invalid extra_reports: {reports!r:.80}. They must be two windows of three numbers.")
 
 
 def add(window: Window, value: float) -> Window:

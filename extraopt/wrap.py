@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from .adam import ExtraAdam
 from .cycle import JumpReport, new_anchor, new_drift
-from .cycles import Cycles, group_keeps_drift, stands
+from .cycles import Cycles, group_keeps_drift, momentum_of, stands
 from .knobs import KNOBS, check_knobs
+from .loading import check_cycle, whole_or_not_at_all
 from .rollback import remembering
 
 _DEFAULTS: dict[str, Any] = KNOBS
@@ -197,33 +198,26 @@ class Extra(Optimizer, Cycles):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        own = self.state, self.param_groups
-        # the base's own method: 8-bit optimizers know which of their tensors must not be cast
-        self.base_optimizer.load_state_dict(state_dict)
-        try:
-            for i, (group, old) in enumerate(zip(self.param_groups, own[1])):
+        own = self.param_groups
+        with whole_or_not_at_all(self):
+            # the base's own method: 8-bit optimizers know which of their tensors must not be cast
+            self.base_optimizer.load_state_dict(state_dict)
+            for i, (group, old) in enumerate(zip(self.param_groups, own)):
                 group.update(check_knobs({**self.defaults, **old, **group}))
                 remembering(group)
+                momentum_of(group), stands(group)  # what can't be read as a number fails here, not in a step
                 for j, p in enumerate(group["params"]):
                     self._take_over(p, f"parameter {j} in group {i}")
-        except ValueError:
-            self.state, self.param_groups = own
-            raise
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def _take_over(self, p: Tensor, name: str) -> None:
         state = self.state.get(p, {})
+        check_cycle(state, p, name, "extra_step" if "extra_step" in state else "step")
         for key in state.keys() & {"extra_anchor", "extra_drift"}:
-            loaded = state[key]
-            if loaded.shape != p.shape:
-                raise ValueError(
-                    f"{key} of {name} has shape {tuple(loaded.shape)}, but the parameter has {tuple(p.shape)}: the "
-                    "state dict is of another model or another order of parameters."
-                )
             # A copy: torch keeps the very tensors of a dict where dtype and device fit, and another optimizer that
             # loads the same dict would then move this one's anchors. To the device: bitsandbytes leaves that undone.
-            state[key] = loaded.to(p.device, p.dtype, copy=True)
+            state[key] = state[key].detach().to(p.device, p.dtype, copy=True)
 
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

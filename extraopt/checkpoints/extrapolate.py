@@ -116,7 +116,9 @@ def coefficients(
     if fit == "line" and len(points) > 2:
         raise CheckpointError(f"A line goes through two points, not {len(points)}. Use --fit ols, or --average.")
     mean = sum(points) / len(points)
-    spread = sum((point - mean) ** 2 for point in points)
+    spread = sum((point - mean) * (point - mean) for point in points)  # no power, which raises where it overflows
+    if not 0 < spread < math.inf:
+        raise CheckpointError(f"The steps {list(steps)} are too large or too close together.")
     of_points = [1 / len(points) + (to - mean) * (point - mean) / spread for point in points]
     return [weight / average for weight in of_points for _ in range(average)]
 

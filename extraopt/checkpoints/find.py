@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def find_checkpoints(path: str | Path) -> list[tuple[int, Path]]:
         CheckpointError: There is no checkpoint, or there are those of several runs.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(f"{path} is no folder. Give the folder of a checkpoint or of a run.")
     runs: dict[str, list[tuple[int, Path]]] = {}
     for folder in path.iterdir():
@@ -56,7 +57,8 @@ def single(path: Path) -> Path:
 
 def split_step(folder: Path) -> tuple[str, int | None]:
     """`runs/x/checkpoint-100` is ("checkpoint-", 100); a number that is part of a word, as in `Qwen3`, is no step."""
-    match = re.fullmatch(r"(|.*[-_])(\d+)", folder.resolve().name)
+    name = os.path.basename(os.path.realpath(folder))  # Path.resolve raises where links lead round
+    match = re.fullmatch(r"(|.*[-_])(\d+)", name)
     return (match[1], int(match[2])) if match else (folder.name, None)
 
 
@@ -75,5 +77,5 @@ def numbered(checkpoints: Sequence[str | Path]) -> list[tuple[int | None, Path]]
     if len(checkpoints) == 1:
         return [*find_checkpoints(checkpoints[0])]
     paths = [Path(path) for path in checkpoints]
-    runs = {(path.resolve().parent, split_step(path)[0]) for path in paths}
+    runs = {(os.path.dirname(os.path.realpath(path)), split_step(path)[0]) for path in paths}
     return [(split_step(path)[1] if len(runs) == 1 else None, single(path)) for path in paths]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .read import CheckpointError
+from .read import CheckpointError, read_json
 
 Prompt = str | list[dict[str, str]]  # a text, or messages with role and content
 
@@ -21,11 +21,11 @@ def base_of(source: str, base: str | None) -> str | None:
         CheckpointError: The adapter's config can't be read or names none.
     """
     config = Path(source) / "adapter_config.json"
-    if not config.is_file():
+    if not os.path.isfile(config):
         return None
     try:
-        named = base or json.loads(config.read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        named = base or read_json(config)["base_model_name_or_path"]
+    except KeyError as error:
         raise CheckpointError(f"{config}: can't be read ({error})") from error
     if not named:
         raise CheckpointError(f"{source}: the adapter names no base model; give it with --base")

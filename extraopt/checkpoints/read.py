@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..knobs import MOST
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -31,13 +35,17 @@ ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 # trainer_state.json, training_args.bin, ...) belongs to a run, and is untrue of any other weights.
 BESIDE = {".json", ".jsonl", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".spm", ".bpe", ".vocab"}
 NOT_BESIDE = {"trainer_state.json", "zero_to_fp32.py"}
+LARGEST_TEXT = 2**28  # bytes of a config, an index or prompts
+LARGEST_PICKLE = 2**28  # bytes of the table of contents of a `.bin`
+MANY = 1000  # layers or experts that a config may name without a tensor for each
 
 
 class CheckpointError(ValueError):
     """What is wrong with a checkpoint, where, and what to do about it: always one line."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        words = " ".join(message.split())
+        super().__init__(words if len(words) <= 2000 else f"{words[:1000]} ... {words[-1000:]}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Checkpoint:
         self.trust_remote_code = trust_remote_code
         self.is_adapter = weights.name in ADAPTER
         config = path / ("adapter_config.json" if self.is_adapter else "config.json")
-        self.config: dict[str, Any] = read_json(config) if config.exists() or self.is_adapter else {}
+        self.config: dict[str, Any] = read_json(config) if os.path.exists(config) or self.is_adapter else {}
         if "quantization_config" in self.config:
             raise CheckpointError(
                 f"{path} holds quantised weights: their numbers are codes, not weights. Dequantise the model first."
@@ -119,7 +127,7 @@ class Checkpoint:
         for file in sorted(set(where.values())):
             if file != Path(file).name:
                 raise CheckpointError(f"{index} names {file!r}, which is not a file of this folder. Refused.")
-            if not (self.path / file).exists():
+            if not os.path.exists(self.path / file):
                 raise CheckpointError(f"{index} names {file}, which is not there. Copy the missing shard.")
             self._open_file(self.path / file)
         for name, file in where.items():
@@ -131,6 +139,8 @@ class Checkpoint:
 
     def _open_file(self, file: Path) -> None:
         check_inside(file, self.path)
+        if not os.path.isfile(file):  # a pipe would never end
+            raise CheckpointError(f"{file} is no file.")
         try:
             infos = self._open_bin(file) if file.suffix == ".bin" else self._open_safetensors(file)
         except OSError as error:
@@ -156,35 +166,42 @@ class Checkpoint:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in DTYPES:
                 raise CheckpointError(f"{file} holds {name} as {entry['dtype']}, which is not supported.")
+            if math.prod(max(1, size) for size in entry["shape"]) > MOST:  # a size of 0 beside it makes it fit any file
+                raise CheckpointError(f"{file} holds {name} of shape {entry['shape']}, which no tensor has.")
             offset = 8 + length + entry["data_offsets"][0]
             infos.append((name, TensorInfo(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))))
         return infos
 
     def _open_bin(self, file: Path) -> list[tuple[str, TensorInfo]]:
-        if not zipfile.is_zipfile(file):
-            raise CheckpointError(f"{file} is cut short, corrupt, or from before torch 1.6. Copy it or save it again.")
-        with zipfile.ZipFile(file) as records:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
-                raise CheckpointError(f"{file} is compressed, which torch.save never does. Refused.")
         try:
+            if not zipfile.is_zipfile(file):
+                said = f"{file} is cut short, corrupt, or from before torch 1.6. Copy it or save it again."
+                raise CheckpointError(said)
+            check_records(file)
             # On "meta" nothing but the table of contents is read, and each storage says where in the file it lies.
             tensors = torch.load(file, map_location="meta", weights_only=True)
+        except (CheckpointError, OSError):
+            raise
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{file} holds more than tensors, and reading it could run code. Refused. Save it as safetensors."
             ) from error
-        except (RuntimeError, EOFError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{file} is corrupt ({str(error)[:200]}). Copy it again.") from error
+        except Exception as error:  # whatever a damaged archive or pickle raises
+            raise CheckpointError(
+                f"{file} is corrupt ({type(error).__name__}: {str(error)[:200]}). Copy it again."
+            ) from error
         size = file.stat().st_size
         infos = []
         for name, tensor in tensors.items() if isinstance(tensors, dict) else [("", None)]:
-            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-                raise CheckpointError(f"{file} is no plain dict of names and tensors: {name or type(tensors)}.")
+            if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                raise CheckpointError(f"{file} is no plain dict of names and tensors: {name or type(tensors)!s:.200}.")
+            if tensor.dtype not in DTYPES.values():
+                raise CheckpointError(f"{file} holds {name} as {tensor.dtype}, which is not supported.")
             start: int = tensor.untyped_storage()._checkpoint_offset or 0
             offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
             stride = None if tensor.is_contiguous() else tensor.stride()
             infos.append((name, TensorInfo(file, offset, tensor.dtype, tuple(tensor.shape), stride)))
-            if start + tensor.untyped_storage().nbytes() > size:
+            if start + max(tensor.untyped_storage().nbytes(), tensor.nbytes) > size:  # strides of 0 repeat an element
                 raise CheckpointError(f"{file} is too short for {name}. Copy it again.")
         return infos
 
@@ -243,7 +260,7 @@ class Checkpoint:
             file
             for file in sorted(self.path.iterdir())
             if (file.suffix in BESIDE or file.name.upper() in ("LICENSE", "NOTICE"))
-            and file.is_file() and file.name not in NOT_BESIDE and not file.name.endswith(".index.json")
+            and os.path.isfile(file) and file.name not in NOT_BESIDE and not file.name.endswith(".index.json")
         ]  # fmt: skip
         beside += sorted(self.path.glob("additional_chat_templates/*.jinja"))
         for file in beside:
@@ -261,6 +278,7 @@ class Checkpoint:
                 storages.setdefault((info.file, info.offset), []).append(name)
         shared = [tuple(group) for group in storages.values() if len(group) > 1]
         try:
+            _check_size(self.config, max(MANY, len(self.infos)))
             model = _model_on_meta(self)
         except Exception as error:  # whatever a config or a class may raise: the weights themselves are still there
             return ModelFacts(tuple(shared), frozenset(), f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -321,6 +339,19 @@ def read_blocks(name: str, info: TensorInfo, elements: int) -> Iterator[Tensor]:
             yield torch.frombuffer(memory, dtype=info.dtype, count=want // size)
 
 
+def read_text(file: Path) -> str:
+    """What a file of text holds, if it is one (a pipe might never end) and of a size to be read whole.
+
+    Raises:
+        OSError, ValueError: It can't be read.
+    """
+    if not os.path.isfile(file):  # Path.is_file raises where a name is too long
+        raise FileNotFoundError("there is no such file")
+    if (size := file.stat().st_size) > LARGEST_TEXT:
+        raise OSError(f"its {size:,} bytes are too many")
+    return file.read_text(encoding="utf-8")
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -328,12 +359,26 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: There is no such file, or something else is in it.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} can not be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object.")
     return content
+
+
+def check_records(file: Path) -> None:
+    """Refuse a file of torch.save that would take more memory than it takes of the disk.
+
+    Raises:
+        CheckpointError: It is compressed, or its table of contents is too large.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{file} is compressed, which torch.save never does. Refused.")
+            if record.filename.endswith("data.pkl") and record.file_size > LARGEST_PICKLE:
+                raise CheckpointError(f"{file} has a table of contents of {record.file_size} bytes. Refused.")
 
 
 def check_inside(file: Path, folder: Path) -> None:
@@ -342,11 +387,19 @@ def check_inside(file: Path, folder: Path) -> None:
     Raises:
         CheckpointError: `file` is such a link.
     """
-    home = folder.resolve()
+    home = Path(os.path.realpath(folder))  # resolve() raises where links lead round
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    target = file.resolve()
+    target = Path(os.path.realpath(file))
     if not any(target.is_relative_to(home) for home in homes):
         raise CheckpointError(f"{file} is a link to {target}, outside its folder. Refused: put a copy in its place.")
+
+
+def _check_size(config: Any, most: int) -> None:
+    """Refuse to build a model of more layers or experts than there could be weights for: it would take for ever."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        _check_size(value, most)
+        if isinstance(value, (int, float)) and value > most and re.search("layer|expert|block|depth", key):
+            raise ValueError(f"the config says {key}: {value:.6g}, and there are not so many tensors")
 
 
 def _model_on_meta(checkpoint: Checkpoint) -> torch.nn.Module:
@@ -365,7 +418,7 @@ def _model_on_meta(checkpoint: Checkpoint) -> torch.nn.Module:
 
 def weights_in(path: Path) -> Path | None:
     """The file of weights, or of their index, of the checkpoint in a folder; None if there is none."""
-    return next((path / name for name in ADAPTER + FULL if (path / name).exists()), None)
+    return next((path / name for name in ADAPTER + FULL if os.path.exists(path / name)), None)
 
 
 def open_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
@@ -382,7 +435,7 @@ def open_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> Che
         CheckpointError: There is no checkpoint, or its files are damaged, contradict each other or lead elsewhere.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(f"{path} is no folder. Give the folder of a checkpoint.")
     weights = weights_in(path)
     if weights is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .models import check_tokens, encode_prompt, load_model, load_tokenizer
 from .paths import Filter, fit, measure
-from .read import CheckpointError
+from .read import CheckpointError, read_text
 
 MOVED = Filter(min_move=0.2, min_values=0)  # the paper's: tokens whose log-probability moved by more than this, in nats
 SHOWN = 50  # tokens and words listed
@@ -40,7 +40,7 @@ def read_prompts(path: Path, tokenizer: Any) -> list[Example]:
         CheckpointError: what is wrong, and in which line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: can't be read as text ({error})") from None
     examples = []
@@ -48,7 +48,7 @@ def read_prompts(path: Path, tokenizer: Any) -> list[Example]:
         if line.strip():
             try:
                 examples.append(_example(json.loads(line), tokenizer))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"{path}, line {number}: {error}") from None
     if not examples:
         raise CheckpointError(f"{path}: no prompts in it")

@@ -1,0 +1,88 @@
+"""What a state must be for an optimizer to go on from it: checked before, or else the optimizer stays as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from .knobs import MOST
+
+# what torch and Python raise over a state that is none
+MALFORMED = TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError, RecursionError
+
+
+@contextmanager
+def whole_or_not_at_all(optimizer: Any) -> Iterator[None]:
+    """Around the loading of a state: where it fails, the optimizer keeps the state and the groups that it had.
+
+    Raises:
+        ValueError: instead of what torch makes of a state that is malformed.
+    """
+    own = optimizer.state, optimizer.param_groups
+    try:
+        yield
+    except BaseException as error:
+        optimizer.state, optimizer.param_groups = own
+        if isinstance(error, MALFORMED):
+            words = f"This is not the state dict of such an optimizer ({type(error).__name__}: {str(error)[:200]})."
+            raise ValueError(words) from error
+        raise
+
+
+def is_number(value: Any, least: float = -math.inf, below: float = math.inf) -> bool:
+    """Whether it is a finite number, or a tensor of one, in [least, below)."""
+    if isinstance(value, (str, bytes)) or (isinstance(value, Tensor) and value.numel() != 1):
+        return False
+    try:
+        return math.isfinite(value) and least <= float(value) < below
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
+def _is_count(value: Any) -> bool:
+    return is_number(value, 0, MOST) and float(value).is_integer()
+
+
+def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> None:
+    """Check the entries of a parameter's cycles. Without one that they need it has none, and will start a new one.
+
+    Args:
+        state: of the parameter, as loaded.
+        p: the parameter.
+        name: what to call it.
+        counter: key of its applied steps.
+
+    Raises:
+        ValueError: an entry is not what it must be.
+    """
+    for key in ("extra_anchor", "extra_drift"):
+        if key in state:
+            _check_like(state[key], p, f"{key} of {name}")
+    step, origin, ratio = state.get(counter), state.get("extra_origin", 0), state.get("extra_ratio", 0.0)
+    if step is not None and not _is_count(step):
+        raise ValueError(f"{counter} of {name} is {step!r:.80}. It must be a count from 0 to {MOST}.")
+    if type(origin) is not int or step is not None and not 0 <= (origin if origin >= 0 else ~origin) <= int(step):
+        raise ValueError(f"extra_origin of {name} is {origin!r:.80}. It must be an integer up to its applied steps.")
+    if not isinstance(ratio, (int, float)) or not is_number(ratio):
+        raise ValueError(f"extra_ratio of {name} is {ratio!r:.80}. It must be a finite number.")
+    if step is None or not {"extra_anchor", "extra_origin"} <= state.keys():
+        for key in ("extra_anchor", "extra_origin", "extra_step"):
+            state.pop(key, None)
+    if "extra_drift" not in state:
+        state.pop("extra_ratio", None)
+
+
+def _check_like(loaded: Any, p: Tensor, name: str) -> None:
+    if not isinstance(loaded, Tensor):
+        raise ValueError(f"{name} is a {type(loaded).__name__}, but must be a tensor.")
+    if loaded.shape != p.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(loaded.shape)}, but the parameter has {tuple(p.shape)}: the state dict is of "
+            "another model or another order of parameters."
+        )
+    if loaded.layout != p.layout or loaded.is_complex() != p.is_complex() or loaded.is_quantized:
+        raise ValueError(f"{name} is {loaded.dtype}, {loaded.layout}, but the parameter {p.dtype}, {p.layout}.")
