@@ -46,6 +46,7 @@ RULES = (
     "default",
     "scope=shut",
     "scope=global",
+    "scope=both",
     "scope=wiener",
     "low=0",
     "retreat=0",
@@ -54,6 +55,7 @@ RULES = (
     "n=100 b=.9",
     "n=400 b=.95",
     "n=400 b=.975",
+    "n=200 b=.975",
     "k=5 n=50 b=.9",
     "moments=first",
     "moments=all",
@@ -77,7 +79,8 @@ class Rule(optimizers.Trained):
     """AdamW and a jump with switches; all at their defaults it is ExtraAdam.
 
     Args:
-        scope: what has a gate: each "tensor"; "global", all together; "wiener", each tensor, its gate being the share
+        scope: what has a gate: each "tensor"; "global", all together; "both",
+            the lower of these; "wiener", each tensor, its gate being the share
             of V's square that is signal, by the covariances of `momentum_coherence`; "none", always open; "shut".
         low, gate: the gate is clip((cos - low) / (gate * (1 - low)), 0, 1); low -1: what momentum alone shows.
         k, n, b: steps in a cycle, steps jumped, averaging of the drift.
@@ -152,6 +155,8 @@ class Rule(optimizers.Trained):
         for p, a, d, v, own, out in zip(self.params, self.anchors, moved, self.drifts, sums, self.excluded):
             dv, dd, vv = whole if self.scope == "global" else own
             g = self._gate(dv, dd, vv, seen) if seen and dd * vv > 0 else 0.0
+            if g and self.scope == "both":
+                g = min(g, self._gate(*whole, seen))
             known = self.scope == "none" or (seen > 0 and own[1] * own[2] > 0)
             if seen == 0 and self.skip:  # no estimate yet, as in the cycles skipped
                 p.sub_(d, alpha=self.early)
