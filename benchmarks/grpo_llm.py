@@ -235,6 +235,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the rows go.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds; default: the preset's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of a run; default: the preset's.")] = None,
+    only: Annotated[str, typer.Option(help="Only runs with all of these words, such as 'LoRA 0.0001'.")] = "",
     work: Annotated[Path, typer.Option(help="Folder for checkpoints of the run under way.")] = Path("runs/grpo_llm"),
     report_file: Annotated[
         Path | None, typer.Option("--report", help="Only the table and picture of this file.")
@@ -274,8 +275,10 @@ def main(
     with Progress(*Progress.get_default_columns(), "{task.fields[note]}", console=Console(stderr=True)) as progress:
         bar = progress.add_task("runs", total=len(runs), note="")
         for run in runs:
+            words = (run["task"], run["tuning"], run["optimizer"], f"{run['lr']:g}", str(run["seed"]))
+            if not set(only.split()) <= set(words):
+                continue
             if not any(all(row[key] == value for key, value in run.items()) for row in rows):
-                words = (run["task"], run["tuning"], run["optimizer"], f"{run['lr']:g}", str(run["seed"]))
                 folder = work / "-".join(words).replace("/", "-").replace(" ", "")
                 rows.append(train(chosen, run, folder, progress) | {"machine": machine()})
                 if json_file is not None:

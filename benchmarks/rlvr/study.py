@@ -79,9 +79,9 @@ class Rule(optimizers.Trained):
     """AdamW and a jump with switches; all at their defaults it is ExtraAdam.
 
     Args:
-        scope: what has a gate: each "tensor"; "global", all together; "both",
-            the lower of these; "wiener", each tensor, its gate being the share
-            of V's square that is signal, by the covariances of `momentum_coherence`; "none", always open; "shut".
+        scope: what has a gate: each "tensor"; "global", all together; "both", the lower of these; "wiener", each
+            tensor, its gate being the share of V's square that is signal, by the covariances of `momentum_coherence`;
+            "none", always open; "shut".
         low, gate: the gate is clip((cos - low) / (gate * (1 - low)), 0, 1); low -1: what momentum alone shows.
         k, n, b: steps in a cycle, steps jumped, averaging of the drift.
         retreat: part of the drift that is taken back where a gate is shut.
