@@ -7,10 +7,12 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # the tests' own tools bring it there
-    tomllib = __import__("pytest").importorskip("tomli")
+    tomllib = pytest.importorskip("tomli", reason="Python 3.10 has no tomllib: pip install tomli")
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
