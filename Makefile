@@ -29,6 +29,8 @@ bench-gpu: .venv/test.done
 	.venv/bin/pytest -m gpu
 	.venv/bin/python benchmarks/kernel.py --json benchmarks/results/gpu/kernel.json
 	.venv/bin/python benchmarks/step.py --json benchmarks/results/gpu/step.json
+	.venv/bin/python benchmarks/step.py --training --json benchmarks/results/gpu/training_step.json
+	.venv/bin/python benchmarks/memory.py --json benchmarks/results/gpu/memory.json
 
 # the README's table of where ExtraAdam is tested
 support: .venv/test.done

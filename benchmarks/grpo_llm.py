@@ -60,22 +60,21 @@ class Preset:
     """A model and how it is trained.
 
     Attributes:
-        tasks: name of each task; options where it is one of reasoning-gym's; tokens of its longest completion.
+        tasks: name of each task; options where it is one of reasoning-gym's; tokens of its longest completion;
+            whether it is put in the model's chat format, or left for it to write on.
         lrs: learning rates by tuning; RL-Extra runs at the first.
         prompts, group: questions in an optimizer step, and completions to each.
         generations: optimizer steps on one batch of completions.
-        chat: whether questions are put in the model's chat format, or left for it to write on.
     """
 
     model: str
-    tasks: dict[str, tuple[dict[str, Any], int]]
+    tasks: dict[str, tuple[dict[str, Any], int, bool]]
     lrs: dict[str, tuple[float, float]]
     steps: int
     prompts: int
     group: int
     generations: int = 1
     micro_batch: int = 8
-    chat: bool = True
     seeds: tuple[int, ...] = (0,)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -83,16 +82,16 @@ class Preset:
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 PRESETS = {
     "smollm2": Preset(
-        demo.BUNDLED, {"chain_sum": (ONE_DIGIT, 4), "spell_backward": ({"min_word_len": 3, "max_word_len": 3}, 4)},
-        {"LoRA": (1e-4, 3e-4), "full": (3e-6, 1e-5)}, steps=60, prompts=8, group=4, micro_batch=32, chat=False,
+        demo.BUNDLED, {"chain_sum": (ONE_DIGIT, 4, False), "syllogism": ({}, 2, True)},
+        {"LoRA": (1e-4, 3e-4), "full": (3e-6, 1e-5)}, steps=60, prompts=8, group=4, micro_batch=32,
     ),
     "qwen": Preset(
-        "Qwen/Qwen2.5-0.5B-Instruct", {"openai/gsm8k": ({}, 384)}, {"LoRA": (1e-5, 3e-5), "full": (1e-6, 3e-6)},
+        "Qwen/Qwen2.5-0.5B-Instruct", {"openai/gsm8k": ({}, 384, True)}, {"LoRA": (1e-5, 3e-5), "full": (1e-6, 3e-6)},
         steps=300, prompts=32, group=8, micro_batch=16,
     ),
     # arXiv 2601.04537, as far as its scripts say
     "paper": Preset(
-        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", {"agentica-org/DeepScaleR-Preview-Dataset": ({}, 16384)},
+        "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", {"agentica-org/DeepScaleR-Preview-Dataset": ({}, 16384, True)},
         {"full": (1e-6, 3e-6)}, steps=400, prompts=64, group=16, generations=2, micro_batch=1,
         options={"use_vllm": True, "vllm_mode": "colocate", "loss_type": "grpo", "weight_decay": 0.01},
     ),
@@ -123,14 +122,14 @@ def machine() -> str:
 
 
 def load(preset: Preset, task: str, seed: int) -> tuple[list[dict[str, Any]], Any]:
-    options, _ = preset.tasks[task]
+    options, _, chat = preset.tasks[task]
     if "/" in task:
         rows, score = demo.load_task(task, seed)
     else:
         made = reasoning_gym.create_dataset(task, size=2000, seed=seed, **options)
         rows = [{"prompt": entry["question"], "truth": i} for i, entry in enumerate(made)]
         score = lambda text, i: float(made.score_answer(text.strip(), made[i]))  # noqa: E731
-    if preset.chat:
+    if chat:
         rows = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     return rows, score
 

@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from .cycle import Countdown, JumpReport, new_anchor, new_drift, read_counters
 from .cycles import Cycles, group_keeps_drift, stands
 from .knobs import KNOBS, check_knobs
-from .loading import check_cycle, whole_or_not_at_all
+from .loading import check_cycle, held, place, whole_or_not_at_all
 from .rollback import remembering
 
 
@@ -93,6 +93,8 @@ class ExtraAdam(AdamW, Cycles):
         extra_gate (float, optional): :math:`\gamma`, the part of the way from momentum's coherence to 1 at which a gate
             is fully open, in (0, 1]; None keeps all gates open (default: 0.5)
         extra_start (int, optional): applied steps before the first jump or retreat is allowed, >= 0 (default: 0)
+        extra_offload (bool, optional): keep anchors and estimates of tensors on a GPU in pinned host memory, and pass
+            them through two buffers of 64 MiB at the end of a cycle; same weights, bit for bit (default: False)
 
     Shapes:
         ``state[p]`` holds AdamW's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights before the
@@ -103,8 +105,8 @@ class ExtraAdam(AdamW, Cycles):
 
     Loading:
         ``load_state_dict`` takes the state of an ExtraAdam or of an AdamW. Knobs come from the state, as all options of
-        a torch optimizer do; those it lacks keep this optimizer's values. A parameter that comes without an anchor
-        starts a new cycle at its next step.
+        a torch optimizer do, but for ``extra_offload``, which stays as it is here; those that the state lacks keep this
+        optimizer's values. A parameter that comes without an anchor starts a new cycle at its next step.
 
     Raises:
         ValueError: a knob outside its range; a loaded state whose cycles no step could go on from, such as an anchor of
@@ -158,8 +160,10 @@ class ExtraAdam(AdamW, Cycles):
         extra_beta: float | None = None,
         extra_gate: float | None = 0.5,
         extra_start: int = 0,
+        extra_offload: bool = False,
     ) -> None:
-        knobs = check_knobs(dict(zip(KNOBS, (extra_every, extra_steps, extra_beta, extra_gate, extra_start))))
+        given = extra_every, extra_steps, extra_beta, extra_gate, extra_start, extra_offload
+        knobs = check_knobs(dict(zip(KNOBS, given)))
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
             differentiable=differentiable, fused=fused,
@@ -183,15 +187,14 @@ class ExtraAdam(AdamW, Cycles):
         defaults = {**KNOBS, **state.get("defaults", self.__dict__.get("defaults", {}))}
         for i, group in enumerate(state["param_groups"]):
             before = own[i] if i < len(own) else {}
-            group.update(check_knobs({**defaults, **{k: before[k] for k in KNOBS if k in before}, **group}))
+            known = {k: before[k] for k in KNOBS if k in before}
+            where = {"extra_offload": known["extra_offload"]} if known else {}  # that is for this machine to say
+            group.update(check_knobs({**defaults, **known, **group, **where}))
             remembering(group)
             for j, p in enumerate(group["params"]):
                 entries = state["state"].get(p, {})
                 check_cycle(entries, p, f"parameter {j} in group {i}", "step")
-                for key in entries.keys() & {"extra_anchor", "extra_drift"}:
-                    # torch keeps the very tensors of a dict where dtype and device fit: another optimizer that loads
-                    # the same dict would then move this one's anchors
-                    entries[key] = entries[key].detach().clone()
+                place(entries, p, group["extra_offload"])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
         for key, value in KNOBS.items():
@@ -209,7 +212,8 @@ class ExtraAdam(AdamW, Cycles):
             ValueError: it is of other parameters, or damaged. The optimizer is left as it was.
         """
         with whole_or_not_at_all(self):
-            super().load_state_dict(state_dict)
+            some = any(group["extra_offload"] for group in self.param_groups)
+            super().load_state_dict(held(state_dict) if some else state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose parameters start a cycle of their own at their first step.
@@ -253,14 +257,14 @@ class ExtraAdam(AdamW, Cycles):
             for p in params_with_grad:
                 state = self.state[p]
                 if "extra_anchor" not in state or "extra_origin" not in state:
-                    state["extra_anchor"] = new_anchor(p)
+                    state["extra_anchor"] = new_anchor(p, group["extra_offload"])
                     origin = 0 if id(p) in fresh else int(state["step"])
                     state["extra_origin"] = ~origin if standing else origin
                 elif state["extra_origin"] < 0 and not standing:
                     state["extra_anchor"].copy_(p.detach())
                     state["extra_origin"] = ~state["extra_origin"]
                 if drifts and "extra_drift" not in state:
-                    state["extra_drift"] = new_drift(p)
+                    state["extra_drift"] = new_drift(p, group["extra_offload"])
                     state.setdefault("extra_ratio", 0.0)
         return has_complex
 

@@ -67,14 +67,21 @@ class Lane:
     forgotten: list[int] = field(default_factory=list)
 
 
-def new_anchor(p: Tensor) -> Tensor:
-    """A copy of `p`: same shape, dtype, device and strides (a DTensor of one)."""
-    return p.detach().clone(memory_format=torch.preserve_format)
+def new_anchor(p: Tensor, offload: bool = False) -> Tensor:
+    """A copy of `p`: same shape, dtype and strides (a DTensor of one), on its device or, offloaded, in host memory."""
+    return to_host(p.detach()) if offload and p.is_cuda else p.detach().clone(memory_format=torch.preserve_format)
 
 
-def new_drift(p: Tensor) -> Tensor:
-    """An estimate that knows nothing yet: zeros like `p`."""
+def new_drift(p: Tensor, offload: bool = False) -> Tensor:
+    """An estimate that knows nothing yet: zeros like `p`, on its device or, offloaded, in host memory."""
+    if offload and p.is_cuda:
+        return to_host(p.detach()).zero_()
     return torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def to_host(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy in pinned host memory, of the same strides; of a DTensor, its local part there."""
+    return torch.empty_like(t, dtype=dtype, device="cpu", pin_memory=torch.cuda.is_available()).copy_(t)
 
 
 def averaging(every: int, horizon: int, beta: float | None) -> float:
@@ -149,7 +156,11 @@ def _is_dtensor(t: Any) -> bool:
 
 
 def _local(tensors: Sequence[Any]) -> list[Tensor]:
-    return [t.to_local() if _is_dtensor(t) else t.detach() for t in tensors]
+    return [t.to_local() if _is_dtensor(t) else t for t in tensors]
+
+
+def _lists(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> kernels.Lists:
+    return kernels.Lists(_local(params), _local(anchors), None if drifts is None else _local(drifts))
 
 
 @torch.no_grad()
@@ -169,24 +180,24 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
 
     Source: as :class:`~extraopt.ExtraAdam`; for one lane, `kernels/reference.py` says the same in float64.
     """
-    sums = []
-    for lane in lanes:
-        drifts = None if lane.drifts is None else _local(lane.drifts)
-        local = kernels.cycle_sums(_local(lane.params), _local(lane.anchors), drifts)
-        sums.append(_sum_over_shards(local, lane.params))
+    lists = [_lists(lane.params, lane.anchors, lane.drifts) for lane in lanes]
+    sums = [_sum_over_shards(own.sums(), lane.params) for lane, own in zip(lanes, lists)]
     watched = [s for lane, s in zip(lanes, sums) if lane.gate is not None] or sums
     every_sum = torch.cat(watched)
     cosine = float(gates.coherence(every_sum[gates.finite(every_sum)].sum(0, keepdim=True)))
 
     gated_sq, drift_sq, weight_sq, jumped, refused = 0.0, 0.0, 0.0, 0, []
-    for lane, s in zip(lanes, sums):
+    for lane, own, s in zip(lanes, lists, sums):
         finite = gates.finite(s)
         may = finite & (torch.tensor(lane.steps) >= lane.start) & (lane.horizon > 0)
         if lane.gate is not None:
             may &= ~gates.still(s)
-        floor = [gates.momentum_coherence(lane.every, lane.beta, lane.momentum, max(1, n)) for n in lane.seen]
-        g = gates.openness(gates.coherence(s), lane.gate, torch.tensor(floor, dtype=torch.float64))
-        grown = torch.tensor([gates.growth(n, lane.gate) for n in lane.seen], dtype=torch.float64)
+        judged = {
+            n: (gates.momentum_coherence(lane.every, lane.beta, lane.momentum, max(1, n)), gates.growth(n, lane.gate))
+            for n in set(lane.seen)
+        }
+        floor, grown = torch.tensor([judged[n] for n in lane.seen], dtype=torch.float64).unbind(1)
+        g = gates.openness(gates.coherence(s), lane.gate, floor)
         ratios = (g * grown * lane.horizon / lane.every).where(may, 0.0)
         retreats = ((1 - g) * gates.RETREAT).where(may, 0.0)
         norms = gates.averaged_norm(s, lane.beta)
@@ -195,7 +206,7 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
         ratios[overflow] = retreats[overflow] = 0.0
         lane.ratios = ratios.tolist()
         lane.forgotten = [] if lane.drifts is None else (~s[:, 2].isfinite()).nonzero().flatten().tolist()
-        _apply(lane, finite.tolist(), lane.ratios, retreats.tolist())
+        _apply(lane, own, finite.tolist(), lane.ratios, retreats.tolist())
 
         gated_sq += float((norms * g)[ratios > 0].square().sum())
         drift_sq += float(norms[finite].square().sum())
@@ -216,24 +227,25 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
     return JumpReport(step, gate, cosine, drift_sq**0.5, weight_sq**0.5, jumped, len(refused))
 
 
-def _apply(lane: Lane, finite: list[bool], ratios: list[float], retreats: list[float]) -> None:
-    chosen = [i for i, ok in enumerate(finite) if ok]
-    for i in set(range(len(finite))) - set(chosen):
-        lane.anchors[i].copy_(lane.params[i])
-    params, anchors = [lane.params[i] for i in chosen], [lane.anchors[i] for i in chosen]
-    drifts = None
-    if lane.drifts is not None:
+def _apply(lane: Lane, lists: kernels.Lists, finite: list[bool], ratios: list[float], retreats: list[float]) -> None:
+    params, anchors, drifts = lane.params, lane.anchors, lane.drifts
+    if drifts is not None:
         for i in lane.forgotten:
-            lane.drifts[i].zero_()
-        drifts = [lane.drifts[i] for i in chosen]
-    ratios, retreats = [ratios[i] for i in chosen], [retreats[i] for i in chosen]
+            drifts[i].zero_()
+    if not all(finite):
+        chosen = [i for i, ok in enumerate(finite) if ok]
+        for i in set(range(len(finite))) - set(chosen):
+            anchors[i].copy_(params[i])
+        params, anchors = [params[i] for i in chosen], [anchors[i] for i in chosen]
+        ratios, retreats = [ratios[i] for i in chosen], [retreats[i] for i in chosen]
+        drifts = None if drifts is None else [drifts[i] for i in chosen]
+        lists = _lists(params, anchors, drifts)
     if not lane.differentiable:
-        local_drifts = None if drifts is None else _local(drifts)
-        kernels.jump_(_local(params), _local(anchors), local_drifts, ratios, retreats, 1 - lane.beta)
+        lists.jump_(ratios, retreats, 1 - lane.beta)
         return
     # the jump is a constant to autograd: gradients pass through it unchanged
     landed = [p.detach().clone() for p in params]
-    kernels.jump_(_local(landed), _local(anchors), drifts and _local(drifts), ratios, retreats, 1 - lane.beta)
+    _lists(landed, anchors, drifts).jump_(ratios, retreats, 1 - lane.beta)
     with torch.enable_grad():
         for p, w in zip(params, landed):
             p.add_(w - p.detach())
@@ -250,11 +262,10 @@ def take_back(
     Only as long as V is what the jump used: before the next cycle ends. A tensor that is not finite, or would leave its
     dtype's range, stays where it is.
     """
-    local = _local(params), _local(anchors), _local(drifts)
-    sums = _sum_over_shards(kernels.cycle_sums(*local), params)
+    sums = _sum_over_shards(_lists(params, anchors, drifts).sums(), params)
     jumps = torch.tensor(ratios, dtype=torch.float64) * sums[:, 2].sqrt()
     fits = gates.finite(sums) & ~gates.overflows(sums, jumps, [p.dtype for p in params])
-    for p, a, v, ratio, ok in zip(*local, ratios, fits.tolist()):
+    for p, a, v, ratio, ok in zip(_local(params), _local(anchors), _local(drifts), ratios, fits.tolist()):
         for t in (p, a) if ratio and ok else ():
             wide = torch.promote_types(t.dtype, torch.float32)  # one rounding
-            t.copy_(torch.sub(t.to(wide), v.to(wide), alpha=ratio))
+            t.copy_(torch.sub(t.to(wide), v.to(t.device, wide), alpha=ratio))

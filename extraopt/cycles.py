@@ -11,13 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cycle import JumpReport, Lane, averaging, end_cycle, keeps_drift, new_drift, take_back
+from .cycle import JumpReport, Lane, averaging, end_cycle, keeps_drift, new_drift, take_back, to_host
 from .rollback import EMPTY, GROW, SHRINK, add, mean_over_ranks, worse
 
 
 def group_keeps_drift(group: Mapping[str, Any]) -> bool:
     """Whether the rule of this group needs an estimate besides the anchor."""
     return keeps_drift(group["extra_every"], group["extra_steps"], group["extra_beta"], group["extra_gate"])
+
+
+def offload(state: dict[str, Any]) -> None:
+    """Bring a parameter's anchor and estimate back to host memory, from where trainers and loaders may take them."""
+    for key in ("extra_anchor", "extra_drift"):
+        if key in state and state[key].is_cuda:
+            state[key] = to_host(state[key])
 
 
 def stands(group: Mapping[str, Any]) -> bool:
@@ -68,11 +75,14 @@ class Cycles:
         if not steps:
             return []
         states = [self.state[p] for p in steps]
+        if group["extra_offload"]:
+            for state in states:
+                offload(state)
         drifts = None
         if group_keeps_drift(group):
             for p, state in zip(steps, states):
                 if "extra_drift" not in state:
-                    state["extra_drift"] = new_drift(p)
+                    state["extra_drift"] = new_drift(p, group["extra_offload"])
             drifts = [state["extra_drift"] for state in states]
         return [
             Lane(

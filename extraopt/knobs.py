@@ -6,7 +6,14 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-KNOBS = {"extra_every": 10, "extra_steps": 200, "extra_beta": None, "extra_gate": 0.5, "extra_start": 0}
+KNOBS = {
+    "extra_every": 10,
+    "extra_steps": 200,
+    "extra_beta": None,
+    "extra_gate": 0.5,
+    "extra_start": 0,
+    "extra_offload": False,
+}
 MOST = 2**53  # steps: a float tells no more of them apart
 
 
@@ -30,8 +37,14 @@ def _fraction(name: str, value: Any, allowed: str, fits: Callable[[float], bool]
     raise ValueError(f"Invalid {name}: {value!r:.200}. It must be None or a number in {allowed}.")
 
 
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"Invalid {name}: {value!r:.200}. It must be True or False.")
+    return value
+
+
 def check_knobs(knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs as plain int, float or None, which `torch.load(weights_only=True)` reads back.
+    """The knobs as plain int, float, bool or None, which `torch.load(weights_only=True)` reads back.
 
     Raises:
         ValueError: a knob outside its range.
@@ -42,4 +55,5 @@ def check_knobs(knobs: Mapping[str, Any]) -> dict[str, Any]:
         "extra_beta": _fraction("extra_beta", knobs["extra_beta"], "[0, 1)", lambda b: 0 <= b < 1),
         "extra_gate": _fraction("extra_gate", knobs["extra_gate"], "(0, 1]", lambda g: 0 < g <= 1),
         "extra_start": _count("extra_start", knobs["extra_start"], 0),
+        "extra_offload": _switch("extra_offload", knobs["extra_offload"]),
     }

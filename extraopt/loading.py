@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .cycle import to_host
 from .knobs import MOST
+
+TENSORS = {"extra_anchor", "extra_drift"}
 
 # what torch and Python raise over a state that is none
 MALFORMED = TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError, RecursionError
@@ -31,6 +34,33 @@ def whole_or_not_at_all(optimizer: Any) -> Iterator[None]:
             words = f"This is not the state dict of such an optimizer ({type(error).__name__}: {str(error)[:200]})."
             raise ValueError(words) from error
         raise
+
+
+class Held:
+    """A tensor that torch's load_state_dict hands on as it is, instead of bringing it to its parameter's device."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def held(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose anchors and estimates are held: together they may be more than the device has room for."""
+    state = {
+        key: {k: Held(v) if k in TENSORS and isinstance(v, Tensor) else v for k, v in entries.items()}
+        for key, entries in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def place(entries: dict[str, Any], p: Tensor, offload: bool) -> None:
+    """Bring loaded anchors and estimates to where and what they must be, as copies.
+
+    torch keeps the very tensors of a dict where dtype and device fit: another optimizer that loads the same dict would
+    then move this one's anchors.
+    """
+    for key in entries.keys() & TENSORS:
+        t = entries[key].detach()
+        entries[key] = to_host(t, p.dtype) if offload and p.is_cuda else t.to(p.device, p.dtype, copy=True)
 
 
 def is_number(value: Any, least: float = -math.inf, below: float = math.inf) -> bool:
@@ -59,6 +89,9 @@ def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> No
     Raises:
         ValueError: an entry is not what it must be.
     """
+    for key in TENSORS & state.keys():
+        if isinstance(state[key], Held):
+            state[key] = state[key].tensor
     for key in ("extra_anchor", "extra_drift"):
         if key in state:
             _check_like(state[key], p, f"{key} of {name}")

@@ -16,7 +16,7 @@ from .adam import ExtraAdam
 from .cycle import JumpReport, new_anchor, new_drift
 from .cycles import Cycles, group_keeps_drift, momentum_of, stands
 from .knobs import KNOBS, check_knobs
-from .loading import check_cycle, whole_or_not_at_all
+from .loading import check_cycle, held, place, whole_or_not_at_all
 from .rollback import remembering
 
 _DEFAULTS: dict[str, Any] = KNOBS
@@ -54,6 +54,7 @@ class Extra(Optimizer, Cycles):
         extra_gate (float, optional): :math:`\gamma`, how coherent a path has to be for an open gate, in (0, 1]; None
             keeps all gates open
         extra_start (int, optional): applied steps before the first jump is allowed, >= 0
+        extra_offload (bool, optional): keep anchors and estimates of tensors on a GPU in pinned host memory
 
     What they mean is said at ExtraAdam, whose defaults hold here.
 
@@ -111,6 +112,7 @@ class Extra(Optimizer, Cycles):
         extra_beta: float | None = _DEFAULTS["extra_beta"],
         extra_gate: float | None = _DEFAULTS["extra_gate"],
         extra_start: int = _DEFAULTS["extra_start"],
+        extra_offload: bool = _DEFAULTS["extra_offload"],
     ) -> None:
         kind = type(base_optimizer)
         if not isinstance(base_optimizer, Optimizer):
@@ -131,6 +133,7 @@ class Extra(Optimizer, Cycles):
                 "extra_beta": extra_beta,
                 "extra_gate": extra_gate,
                 "extra_start": extra_start,
+                "extra_offload": extra_offload,
             }
         )
         checked = [check_knobs({**knobs, **group}) for group in base_optimizer.param_groups]
@@ -201,23 +204,22 @@ class Extra(Optimizer, Cycles):
         own = self.param_groups
         with whole_or_not_at_all(self):
             # the base's own method: 8-bit optimizers know which of their tensors must not be cast
-            self.base_optimizer.load_state_dict(state_dict)
+            some = any(group["extra_offload"] for group in own)
+            self.base_optimizer.load_state_dict(held(state_dict) if some else state_dict)
             for i, (group, old) in enumerate(zip(self.param_groups, own)):
-                group.update(check_knobs({**self.defaults, **old, **group}))
+                where = {"extra_offload": old["extra_offload"]}  # that is for this machine to say
+                group.update(check_knobs({**self.defaults, **old, **group, **where}))
                 remembering(group)
                 momentum_of(group), stands(group)  # what can't be read as a number fails here, not in a step
                 for j, p in enumerate(group["params"]):
-                    self._take_over(p, f"parameter {j} in group {i}")
+                    self._take_over(p, f"parameter {j} in group {i}", group["extra_offload"])
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
-    def _take_over(self, p: Tensor, name: str) -> None:
+    def _take_over(self, p: Tensor, name: str, offload: bool) -> None:
         state = self.state.get(p, {})
         check_cycle(state, p, name, "extra_step" if "extra_step" in state else "step")
-        for key in state.keys() & {"extra_anchor", "extra_drift"}:
-            # A copy: torch keeps the very tensors of a dict where dtype and device fit, and another optimizer that
-            # loads the same dict would then move this one's anchors. To the device: bitsandbytes leaves that undone.
-            state[key] = state[key].detach().to(p.device, p.dtype, copy=True)
+        place(state, p, offload)  # bitsandbytes leaves everything on the device where it was saved
 
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -290,12 +292,12 @@ class Extra(Optimizer, Cycles):
                     # a base that has stepped before, or was loaded from a run without jumps, may have counted its steps
                     count = int(state.get("step", 0))
                     fresh[p] = {
-                        "extra_anchor": new_anchor(p),
+                        "extra_anchor": new_anchor(p, group["extra_offload"]),
                         "extra_step": count,
                         "extra_origin": ~count if standing else count,
                     }
                     if group_keeps_drift(group) and "extra_drift" not in state:
-                        fresh[p] |= {"extra_drift": new_drift(p), "extra_ratio": 0.0}
+                        fresh[p] |= {"extra_drift": new_drift(p, group["extra_offload"]), "extra_ratio": 0.0}
                     continue
                 if "extra_step" not in state:
                     state["extra_step"] = int(state["step"])  # from an ExtraAdam

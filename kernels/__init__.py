@@ -1,14 +1,11 @@
-"""The arithmetic of a cycle's end over lists of tensors, by the fastest implementation each tensor allows.
-
-`cycle_sums` reads (what the gate needs), `jump_` writes. Lists are local, detached tensors; complex ones are taken as
-pairs of reals.
-"""
+"""The arithmetic of a cycle's end over lists of tensors, by the fastest implementation each tensor allows."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +13,6 @@ from torch import Tensor
 from . import foreach, native
 
 _FUSED_DEVICES = {"cuda"}  # types of device whose tensors are offered to the fused kernel; AMD's are "cuda" to torch
-
-_Lists = tuple[list[Tensor], list[Tensor], list[Tensor] | None]
 
 
 @functools.cache  # Python does not remember an import that failed
@@ -30,64 +25,65 @@ def _fused() -> ModuleType | None:
     return multi_tensor
 
 
-def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-
-
 def _implementation(p: Tensor, a: Tensor, v: Tensor | None) -> ModuleType:
     if p.device.type in _FUSED_DEVICES and (fused := _fused()) and fused.supports(p, a, v):
         return fused
     return native if native.supports(p, a, v) else foreach
 
 
-def _dispatch(
-    params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None
-) -> Iterator[tuple[ModuleType, list[int], _Lists]]:
-    """Each implementation with the positions that it takes, all on one device, and its part of the three lists."""
-    p, a, v = _real(params), _real(anchors), None if drifts is None else _real(drifts)
-    positions: dict[tuple[ModuleType, torch.device], list[int]] = {}
-    for i, t in enumerate(p):
-        module = _implementation(t, a[i], None if v is None else v[i])
-        positions.setdefault((module, t.device), []).append(i)
-    for (module, _), indices in positions.items():
-        yield module, indices, ([p[i] for i in indices], [a[i] for i in indices], v and [v[i] for i in indices])
+class Lists:
+    """Weights, anchors and drift estimates at the end of a cycle, sorted by who computes on them.
 
-
-def cycle_sums(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Tensor:
-    """What the gate needs to know of each tensor. Reads only.
+    To be used at once: it knows where the tensors lie in memory now.
 
     Args:
-        params: E, T floating or complex tensors, any mix of shapes, layouts, dtypes and devices.
-        anchors: A, of the same shapes, dtypes and devices.
-        drifts: V, likewise; None (columns 0 and 2 are then 0) where the rule keeps no estimate.
-
-    Returns:
-        float64 [T, 4] on the CPU: <D, V>, <D, D>, <V, V>, <E, E> with D = E - A; not finite where an input is not.
-
-    Waits for the device: this is the one place where a cycle's end needs host values.
+        params: E, T floating or complex tensors (local, no DTensors), any mix of shapes, layouts, dtypes and devices;
+            complex ones are taken as pairs of reals.
+        anchors: A, of the same shapes and dtypes, on the same devices or in host memory.
+        drifts: V, likewise; None where the rule keeps no estimate.
     """
-    sums = torch.zeros(len(params), 4, dtype=torch.float64)
-    for module, indices, lists in _dispatch(params, anchors, drifts):
-        sums[indices] = module.cycle_sums(*lists).cpu()
-    return sums
 
+    def __init__(self, params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> None:
+        lists = [params, anchors] if drifts is None else [params, anchors, drifts]
+        if any(map(Tensor.is_complex, params)):
+            lists = [[torch.view_as_real(t) if t.is_complex() else t for t in ts] for ts in lists]
+        self._count = len(params)
+        from . import streamed  # which uses this class
 
-def jump_(
-    params: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    drifts: Sequence[Tensor] | None,
-    ratios: Sequence[float],
-    retreats: Sequence[float],
-    weight: float,
-) -> None:
-    """V <- lerp(V, D, weight), P <- P + ratio * V - retreat * D, A <- P for every tensor, in place, with D = P - A.
+        groups: dict[tuple[ModuleType, torch.device], list[int]] = {}
+        for i, tensors in enumerate(zip(*lists)):
+            p, a, v = tensors if len(tensors) == 3 else (*tensors, None)
+            module = _implementation(p, a, v) if a.device == p.device else streamed
+            groups.setdefault((module, p.device), []).append(i)
+        self.work: list[tuple[ModuleType, list[int], Any]] = []  # module, places in the lists, what it needs to know
+        for (module, _), places in groups.items():
+            own = [[ts[i] for i in places] for ts in lists] + [None] * (drifts is None)
+            self.work.append((module, places, module.prepare(*own)))
 
-    Args:
-        params, anchors, drifts: as in `cycle_sums`, all values finite; without drifts V = D, and none is kept.
-        ratios: g * N / k, one for each tensor.
-        retreats: part of the drift that is taken back, one for each tensor; with ratio 0 and retreat 0 its weights are
-            left as they are, bit for bit.
-        weight: 1 - extra_beta.
-    """
-    for module, indices, lists in _dispatch(params, anchors, drifts):
-        module.jump_(*lists, [ratios[i] for i in indices], [retreats[i] for i in indices], weight)
+    def sums(self) -> Tensor:
+        """What the gate needs to know of each tensor. Reads only.
+
+        Returns:
+            float64 [T, 4] on the CPU: <D, V>, <D, D>, <V, V>, <E, E> with D = E - A; not finite where an input is not;
+            without drifts columns 0 and 2 are 0.
+
+        Waits for the device: this is the one place where a cycle's end needs host values.
+        """
+        sums = torch.zeros(self._count, 4, dtype=torch.float64)
+        for module, places, work in self.work:
+            sums[places] = module.cycle_sums(work).cpu()
+        return sums
+
+    def jump_(self, ratios: Sequence[float], retreats: Sequence[float], weight: float) -> None:
+        """V <- lerp(V, D, weight), E <- E + ratio * V - retreat * D, A <- E for every tensor, in place, with D = E - A.
+
+        All values must be finite. Without drifts V = D, and none is kept.
+
+        Args:
+            ratios: g * H / k, one for each tensor.
+            retreats: part of the drift that is taken back, one for each tensor; with ratio 0 and retreat 0 its weights
+                are left as they are, bit for bit.
+            weight: 1 - extra_beta.
+        """
+        for module, places, work in self.work:
+            module.jump_(work, [ratios[i] for i in places], [retreats[i] for i in places], weight)

@@ -17,6 +17,8 @@ from torch import Tensor
 _CPU_BLOCK, _ACCELERATOR_BLOCK = 1 << 17, 1 << 24
 # Sums run over rows of at most this length, each row on one thread: no thread count changes their order.
 _ROW = 1 << 10
+Work = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor] | None]
+_PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements anywhere
 
 
 def is_dense(t: Tensor) -> bool:
@@ -36,18 +38,16 @@ def same_storage_order(p: Tensor, a: Tensor, v: Tensor | None) -> bool:
 
     Then a kernel can take them for flat stretches of memory.
     """
-    dtype, device, shape = p.dtype, p.device, p.shape
+    dtype, device, shape, stride = p.dtype, p.device, p.shape, p.stride()
     for t in (p, a) if v is None else (p, a, v):
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:  # a subclass may keep its elements anywhere
+        if type(t) not in _PLAIN or t.layout is not torch.strided or t.is_neg():
             return False
-        if t.layout is not torch.strided or t.is_neg() or t.dtype != dtype or t.device != device:
-            return False
-        if t.shape != shape or t.stride() != p.stride():
+        if t is not p and (t.dtype != dtype or t.device != device or t.shape != shape or t.stride() != stride):
             return False
     return is_dense(p)
 
 
-def _flat(tensors: Sequence[Tensor]) -> list[Tensor] | None:
+def flat(tensors: Sequence[Tensor]) -> list[Tensor] | None:
     """1-D views in storage order, or None where a layout has gaps or layouts differ."""
     first = tensors[0]
     if all(t.is_contiguous() for t in tensors):
@@ -99,12 +99,18 @@ def _as(t: Tensor, row: Tensor) -> Tensor:
     return t if t.dtype == row.dtype else row.view(t.shape).copy_(t)
 
 
-def cycle_sums(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Tensor:
-    """The sums of `extraopt.kernels.cycle_sums`, on the device, of real tensors of any layout that are all on one."""
+def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Work:
+    """What `cycle_sums` and `jump_` take: real tensors of any layout, all on one device."""
+    return params, anchors, drifts
+
+
+def cycle_sums(work: Work) -> Tensor:
+    """The sums of `extraopt.kernels.Lists`, on the device."""
+    params, anchors, drifts = work
     totals, scratches = [], _scratches(params, 5)
     for i, (p, a) in enumerate(zip(params, anchors)):
         tensors = [p, a] if drifts is None else [p, a, drifts[i]]
-        parts = _blocks(_flat(tensors) or [t.reshape(-1) for t in tensors])
+        parts = _blocks(flat(tensors) or [t.reshape(-1) for t in tensors])
         sums = [_block_sums(part, scratches[p.dtype == torch.float64]) for part in parts]
         totals.append(torch.stack(sums).sum(0) if sums else torch.zeros(4, dtype=torch.float64, device=p.device))
     return torch.stack(totals) if totals else torch.zeros(0, 4, dtype=torch.float64)
@@ -130,26 +136,17 @@ def _block_sums(part: Sequence[Tensor], scratch: _Scratch) -> Tensor:
     return sums if body == n else sums + products[:, body:].sum(1)
 
 
-def jump_(
-    params: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    drifts: Sequence[Tensor] | None,
-    ratios: Sequence[float],
-    retreats: Sequence[float],
-    weight: float,
-) -> None:
-    """The jump of `extraopt.kernels.jump_` on real tensors of any layout that are all on one device.
-
-    Arithmetic is float32 (float64 for float64 tensors) with one rounding into each output.
-    """
+def jump_(work: Work, ratios: Sequence[float], retreats: Sequence[float], weight: float) -> None:
+    """The jump of `extraopt.kernels.Lists`: float32 (float64 for float64 tensors), one rounding into each output."""
+    params, anchors, drifts = work
     scratches = _scratches(params, 3)
     for i, (p, a) in enumerate(zip(params, anchors)):
         tensors = [p, a] if drifts is None else [p, a, drifts[i]]
-        flat = _flat(tensors)
-        if flat is None:
+        views = flat(tensors)
+        if views is None:
             _block_jump_(tensors, ratios[i], retreats[i], weight, _Scratch(p, 3, p.numel()))
         else:
-            for part in _blocks(flat):
+            for part in _blocks(views):
                 _block_jump_(part, ratios[i], retreats[i], weight, scratches[p.dtype == torch.float64])
 
 

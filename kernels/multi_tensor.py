@@ -18,7 +18,8 @@ Importing this module imports triton. With `TRITON_INTERPRET=1` set before that,
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -210,36 +211,45 @@ def supports(p: Tensor, a: Tensor, v: Tensor | None) -> bool:
     return p.dtype in DTYPES and (INTERPRET or p.is_cuda) and _usable() and same_storage_order(p, a, v)
 
 
-@functools.lru_cache(maxsize=16)
-def _tables(device: torch.device, stream: int, records: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
-    """`tensors` and `chunks` on the device for records of (place, param, anchor, drift, numel).
-
-    A function of addresses, so what is cached can't get stale. By stream, since a table that falls out of the cache may
-    be overwritten as soon as later work of the stream that it was made on gets there.
+def _tables(
+    device: torch.device, addresses: list[list[int]], numels: list[int], places: list[int]
+) -> tuple[Tensor, Tensor]:
+    """`tensors` and `chunks` on the device, from addresses of params, anchors and drifts, and of each tensor the number
+    of elements (> 0) and the place in the list.
     """
-    counts = [triton.cdiv(numel, CHUNK) for *_, numel in records]
-    rows, first = [], 0
-    for (place, p, a, v, numel), count in zip(records, counts):
-        rows.append([p, a, v, numel, first, place])
-        first += count
-    chunks = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(counts))
-    return torch.tensor(rows, dtype=torch.int64).to(device), chunks.to(device)
+    n = torch.tensor(numels, dtype=torch.int64)
+    counts = (n + CHUNK - 1) // CHUNK
+    columns = [torch.tensor(column, dtype=torch.int64) for column in addresses]
+    tensors = torch.stack([*columns, n, counts.cumsum(0) - counts, torch.tensor(places)], 1)
+    chunks = torch.repeat_interleave(torch.arange(len(n), dtype=torch.int32), counts)
+    return tensors.to(device), chunks.to(device)
 
 
-def _launches(
-    params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None
-) -> Iterator[tuple[Tensor, Tensor, int, dict[str, Any]]]:
-    """`tensors`, `chunks`, bytes per element and constants of the kernels, for each dtype that has elements."""
-    device = params[0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    records: dict[torch.dtype, list[tuple[int, ...]]] = {}
-    for place, (p, a) in enumerate(zip(params, anchors)):
-        v = 0 if drifts is None else drifts[place].data_ptr()
+@dataclass
+class Work:
+    """The tensors, and for each dtype that has elements `tensors`, `chunks`, bytes per element, constants."""
+
+    params: Sequence[Tensor]
+    anchors: Sequence[Tensor]
+    drifts: Sequence[Tensor] | None
+    launches: list[tuple[Tensor, Tensor, int, dict[str, Any]]]
+
+
+def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Work:
+    """What `cycle_sums` and `jump_` take, of tensors that are all on one device."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for place, p in enumerate(params):
         if p.numel():
-            records.setdefault(p.dtype, []).append((place, p.data_ptr(), a.data_ptr(), v, p.numel()))
-    for dtype, group in records.items():
+            groups.setdefault(p.dtype, []).append(place)
+    launches = []
+    for dtype, places in groups.items():
+        addresses = [
+            [0] * len(places) if ts is None else [ts[i].data_ptr() for i in places] for ts in (params, anchors, drifts)
+        ]
+        tables = _tables(params[0].device, addresses, [params[i].numel() for i in places], places)
         constants = {"DTYPE": DTYPES[dtype], "HAS_V": drifts is not None, "CHUNK": CHUNK, "VEC": 16 // dtype.itemsize}
-        yield *_tables(device, stream, tuple(group)), dtype.itemsize, constants | {"INTERPRET": INTERPRET}
+        launches.append((*tables, dtype.itemsize, constants | {"INTERPRET": INTERPRET}))
+    return Work(params, anchors, drifts, launches)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -254,18 +264,18 @@ def _options(threads: int) -> dict[str, Any]:
     return {"num_warps": threads // warp, "num_stages": 1, "enable_fp_fusion": False}
 
 
-def cycle_sums(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Tensor:
+def cycle_sums(work: Work) -> Tensor:
     """<D,V>, <D,D>, <V,V>, <P,P> of each tensor as float64 [T, 4] on the device, D = P - A; no drifts: V = 0.
 
-    All tensors on one device. Reads only. Products are added in float32 within a chunk, in float64 from there on, in an
-    order that depends on nothing but the tensor's size and alignment: it has the same sums, bit for bit, wherever it
-    stands in a list. A NaN or an infinity in a tensor (or a square past float32) makes its sums non-finite.
+    Reads only. Products are added in float32 within a chunk, in float64 from there on, in an order that depends on
+    nothing but the tensor's size and alignment: it has the same sums, bit for bit, wherever it stands in a list. A NaN
+    or an infinity in a tensor (or a square past float32) makes its sums non-finite.
     """
-    if not params:
+    if not work.params:
         return torch.zeros(0, 4, dtype=torch.float64)
-    sums = torch.zeros(len(params), 4, dtype=torch.float64, device=params[0].device)
+    sums = torch.zeros(len(work.params), 4, dtype=torch.float64, device=work.params[0].device)
     with _on(sums.device):
-        for tensors, chunks, itemsize, constants in _launches(params, anchors, drifts):
+        for tensors, chunks, itemsize, constants in work.launches:
             partials = torch.zeros(len(chunks), 4, dtype=torch.float32, device=sums.device)
             options = {"BLOCK": SUMS_BLOCK[itemsize], **_options(SUMS_THREADS)}
             _sums_kernel[(len(chunks),)](tensors, chunks, partials, **constants, **options)
@@ -274,28 +284,21 @@ def cycle_sums(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequ
     return sums
 
 
-def jump_(
-    params: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    drifts: Sequence[Tensor] | None,
-    ratios: Sequence[float],
-    retreats: Sequence[float],
-    weight: float,
-) -> None:
+def jump_(work: Work, ratios: Sequence[float], retreats: Sequence[float], weight: float) -> None:
     """D = P - A; V = lerp(V, D, weight); P = P + ratio * V - retreat * D; A = P, in place; no drifts: V = D.
 
-    All tensors on one device. Ratio and retreat 0 leave P alone. Computed in float32 (`weight`, `ratios` and `retreats`
-    are rounded to it first), each product and sum fused; each result rounds once, when it is stored, and the jump takes
-    V from before that. A is the stored P.
+    Ratio and retreat 0 leave P alone. Computed in float32 (`weight`, `ratios` and `retreats` are rounded to it first),
+    each product and sum fused; each result rounds once, when it is stored, and the jump takes V from before that. A is
+    the stored P.
     """
-    if not params:
+    if not work.params:
         return
-    device = params[0].device
+    device = work.params[0].device
     with _on(device):
         table = torch.tensor([ratios, retreats], dtype=torch.float32).T.contiguous().to(device)
-        for tensors, chunks, itemsize, constants in _launches(params, anchors, drifts):
+        for tensors, chunks, itemsize, constants in work.launches:
             options = {"BLOCK": JUMP_BLOCK[itemsize], **_options(JUMP_THREADS)}
             _jump_kernel[(len(chunks),)](tensors, chunks, table, weight, **constants, **options)
     # torch saw none of these writes: without this, autograd would use what it saved as if it were still right.
-    for written in (params, anchors, drifts or ()):
+    for written in (work.params, work.anchors, work.drifts or ()):
         torch.autograd.graph.increment_version(written)

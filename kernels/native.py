@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,39 +33,47 @@ def supports(p: Tensor, a: Tensor, v: Tensor | None) -> bool:
     return p.is_cpu and p.dtype in DTYPES and _library() is not None and same_storage_order(p, a, v)
 
 
-def _parts(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Tensor:
-    """The list, cut: int64 [parts, 6], as `native.c` has it."""
-    rows = []
-    for i, (p, a) in enumerate(zip(params, anchors)):
-        n, size = p.numel(), p.itemsize
-        addresses = (p.data_ptr(), a.data_ptr(), drifts[i].data_ptr() if drifts else 0)
-        for start in range(0, n, PART):
-            moved = (address + start * size if address else 0 for address in addresses)
-            rows.append((*moved, min(PART, n - start), size, i))
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+@dataclass
+class Work:
+    """The tensors, and a list of them cut into parts: int64 [parts, 6], as `native.c` has it."""
+
+    params: Sequence[Tensor]
+    anchors: Sequence[Tensor]
+    drifts: Sequence[Tensor] | None
+    parts: Tensor
 
 
-def cycle_sums(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Tensor:
-    """The sums of `extraopt.kernels.cycle_sums`. Products are added in float32 up to 1024 of them, then in float64."""
-    parts, sums = _parts(params, anchors, drifts), torch.zeros(len(params), 4, dtype=torch.float64)
-    partials = torch.zeros(len(parts), 4, dtype=torch.float64)
-    _call("extraopt_cycle_sums", parts, partials, sums)
+def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Work:
+    """What `cycle_sums` and `jump_` take."""
+    numels = torch.tensor([p.numel() for p in params], dtype=torch.int64)
+    sizes = torch.tensor([p.itemsize for p in params], dtype=torch.int64)
+    counts = (numels + PART - 1) // PART
+    places = torch.repeat_interleave(torch.arange(len(params)), counts)
+    starts = (torch.arange(len(places)) - (counts.cumsum(0) - counts)[places]) * PART
+    addresses = [
+        torch.tensor([t.data_ptr() for t in ts], dtype=torch.int64)[places] + starts * sizes[places]
+        if ts is not None
+        else torch.zeros_like(places)
+        for ts in (params, anchors, drifts)
+    ]
+    parts = torch.stack([*addresses, (numels[places] - starts).clamp(max=PART), sizes[places], places], 1)
+    return Work(params, anchors, drifts, parts)
+
+
+def cycle_sums(work: Work) -> Tensor:
+    """The sums of `extraopt.kernels.Lists`. Products are added in float32 up to 1024 of them, then in float64."""
+    sums = torch.zeros(len(work.params), 4, dtype=torch.float64)
+    partials = torch.zeros(len(work.parts), 4, dtype=torch.float64)
+    _call("extraopt_cycle_sums", work.parts, partials, sums)
     return sums
 
 
-def jump_(
-    params: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    drifts: Sequence[Tensor] | None,
-    ratios: Sequence[float],
-    retreats: Sequence[float],
-    weight: float,
-) -> None:
-    """The jump of `extraopt.kernels.jump_`: float32, one rounding into each output, bit-equal to `foreach.jump_`."""
+def jump_(work: Work, ratios: Sequence[float], retreats: Sequence[float], weight: float) -> None:
+    """The jump of `extraopt.kernels.Lists`: float32, one rounding into each output, bit-equal to `foreach.jump_`."""
     factors = torch.tensor([ratios, retreats], dtype=torch.float32).T.contiguous()
-    _call("extraopt_jump", _parts(params, anchors, drifts), factors, ctypes.c_float(weight))
+    _call("extraopt_jump", work.parts, factors, ctypes.c_float(weight))
     # torch saw none of these writes: without this, autograd would use what it saved as if it were still right
-    for written in (params, anchors, drifts or ()):
+    for written in (work.params, work.anchors, work.drifts or ()):
         torch.autograd.graph.increment_version(written)
 
 

@@ -123,8 +123,9 @@ def main() -> None:
             for drift in False, True:
                 variant.update(target=target, dtype=str(dtype).removeprefix("torch."), drift=drift)
                 params, anchors, drifts = ([torch.zeros(n, dtype=dtype) for n in (20_000, 5)] for _ in range(3))
-                multi_tensor.cycle_sums(params, anchors, drifts if drift else None)
-                multi_tensor.jump_(params, anchors, drifts if drift else None, [0.5, 2.0], [0.5, 0.0], 0.1)
+                work = multi_tensor.prepare(params, anchors, drifts if drift else None)
+                multi_tensor.cycle_sums(work)
+                multi_tensor.jump_(work, [0.5, 2.0], [0.5, 0.0], 0.1)
 
 
 if __name__ == "__main__":

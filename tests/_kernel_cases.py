@@ -2,6 +2,8 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +96,15 @@ def plain_jump_(
             p32 = p32.add(d, alpha=-retreat)
         p.copy_(p32)
         a.copy_(p)
+
+
+def sums(module: ModuleType, *lists: Any) -> Tensor:
+    """What a module's two steps make of params, anchors and drifts."""
+    return module.cycle_sums(module.prepare(*lists))
+
+
+def jump_(module: ModuleType, params: Any, anchors: Any, drifts: Any, *how: Any) -> None:
+    module.jump_(module.prepare(params, anchors, drifts), *how)
 
 
 def exact_jump(

@@ -35,6 +35,7 @@ def run(optimizer: ExtraAdam, steps: int) -> None:
         *[("extra_beta", v, "[0, 1)") for v in (1, 1.0, -0.1, float("nan"), "0.9", True, [0.9])],
         *[("extra_gate", v, "(0, 1]") for v in (0, 0.0, -1, 1.5, float("nan"), "0.4", True)],
         *[("extra_start", v, "an integer >= 0") for v in (-1, 1.5, None)],
+        *[("extra_offload", v, "True or False") for v in (1, 0, None, "yes")],
     ],
 )
 def test_a_knob_out_of_range_names_itself_its_value_and_what_is_allowed(knob, value, allowed):
@@ -71,6 +72,7 @@ def test_numpy_knobs_become_plain_numbers():
         "extra_beta": float,
         "extra_gate": float,
         "extra_start": int,
+        "extra_offload": bool,
     }
 
 

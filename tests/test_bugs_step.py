@@ -381,8 +381,8 @@ def test_more_elements_than_an_int32_can_count():
     """apex#1825, TransformerEngine#2918, DeepSpeed#7640: the tables of the fused kernel hold 64 bits."""
     multi_tensor = pytest.importorskip("extraopt.kernels.multi_tensor", reason="needs triton", exc_type=ImportError)
     numel = 2**31 + 8
-    records = ((0, 2**45, 2**46, 2**47, numel), (1, 2**45 + 16, 2**46 + 16, 2**47 + 16, 5))
-    tensors, chunks = multi_tensor._tables(torch.device("cpu"), 0, records)
+    addresses = [[2**45, 2**45 + 16], [2**46, 2**46 + 16], [2**47, 2**47 + 16]]
+    tensors, chunks = multi_tensor._tables(torch.device("cpu"), addresses, [numel, 5], [0, 1])
     assert tensors.dtype == torch.int64
     n_chunks = -(-numel // multi_tensor.CHUNK)
     assert tensors.tolist() == [

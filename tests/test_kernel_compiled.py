@@ -82,7 +82,7 @@ def test_gpu_jump_is_that_of_torch_bit_for_bit(dtype, drift):
         cases.plain_jump_(expected[0], expected[1], expected[2] if drift else None, *factors, weight)
         for lists, module in (fused, multi_tensor), (fallback, foreach):
             assert all(map(multi_tensor.supports, lists.params, lists.anchors, lists.drifts))
-            module.jump_(lists.params, lists.anchors, lists.drifts if drift else None, *factors, weight)
+            cases.jump_(module, lists.params, lists.anchors, lists.drifts if drift else None, *factors, weight)
         torch.cuda.synchronize()
         assert fused.guards_intact()
         for got, other, want in zip(fused.copies(), fallback.copies(), expected):
@@ -101,18 +101,20 @@ def test_gpu_sums(drift):
     sizes = cases.SMALL + cases.EDGES + cases.LONG + [3_000_000]
     lists = cases.Lists([spec for dtype in DTYPES for spec in cases.specs(getattr(torch, dtype), sizes)], "cuda")
     arguments = lists.params, lists.anchors, lists.drifts if drift else None
-    got = multi_tensor.cycle_sums(*arguments)
-    assert got.is_cuda and torch.equal(got, multi_tensor.cycle_sums(*arguments))
+    got = cases.sums(multi_tensor, *arguments)
+    assert got.is_cuda and torch.equal(got, cases.sums(multi_tensor, *arguments))
     for i, row in enumerate(got.cpu()):
         exact, size = cases.exact_sums(*(ts and ts[i].cpu() for ts in arguments))
         assert ((row - exact).abs() <= 1e-6 * size).all(), (i, row, exact)
     assert lists.guards_intact()
     lists.params[5].view(-1)[-1] = float("nan")
-    assert (~multi_tensor.cycle_sums(*arguments).isfinite().all(1)).nonzero().flatten().tolist() == [5]
+    assert (~cases.sums(multi_tensor, *arguments).isfinite().all(1)).nonzero().flatten().tolist() == [5]
 
 
 @pytest.mark.gpu
 def test_gpu_reaches_the_end_of_a_tensor_past_32_bits():
+    import _kernel_cases as cases
+
     from extraopt.kernels import multi_tensor
 
     n = 2**31 + 8
@@ -120,8 +122,8 @@ def test_gpu_reaches_the_end_of_a_tensor_past_32_bits():
         pytest.skip("needs 10 GB of free GPU memory")
     p, a = (torch.zeros(n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     p[-16:] = torch.arange(1.0, 17.0)
-    assert multi_tensor.cycle_sums([p], [a], None).tolist() == [[0.0, 1496.0, 0.0, 1496.0]]
-    multi_tensor.jump_([p], [a], None, [1.0], [0.0], 1.0)
+    assert cases.sums(multi_tensor, [p], [a], None).tolist() == [[0.0, 1496.0, 0.0, 1496.0]]
+    cases.jump_(multi_tensor, [p], [a], None, [1.0], [0.0], 1.0)
     for t in p, a:
         assert t[-16:].tolist() == [2.0 * i for i in range(1, 17)]
         assert not t[:-16].any()

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -49,8 +50,8 @@ else:
 
     def assert_same_jump(wanted, weight, drift, ratios=None):
         before = cases.Lists(wanted)
-        fused = jumped(wanted, multi_tensor.jump_, weight, drift, ratios)
-        for peer in cases.plain_jump_, foreach.jump_:
+        fused = jumped(wanted, partial(cases.jump_, multi_tensor), weight, drift, ratios)
+        for peer in cases.plain_jump_, partial(cases.jump_, foreach):
             other = jumped(wanted, peer, weight, drift, ratios)
             for name in "params", "anchors", "drifts":
                 assert not cases.differing(getattr(fused, name), getattr(other, name)), (peer, name)
@@ -67,9 +68,10 @@ else:
         def spy(module):
             jump_ = module.jump_
 
-            def counting(params, *rest):
+            def counting(work, *rest):
+                params = work[0] if module is foreach else work.params
                 counts[module].update(p.dtype for p in params)
-                jump_(params, *rest)
+                jump_(work, *rest)
 
             monkeypatch.setattr(module, "jump_", counting)
 
@@ -127,7 +129,7 @@ else:
         wanted = cases.specs(dtype, [33, 1025])
         factors = zip(cases.ratios(len(wanted)), cases.retreats(len(wanted)))
         p0, a0, v0 = cases.Lists(wanted).copies()
-        fused = jumped(wanted, multi_tensor.jump_, 0.1, drift)
+        fused = jumped(wanted, partial(cases.jump_, multi_tensor), 0.1, drift)
         half_ulp, smallest = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
         for i, (ratio, retreat) in enumerate(factors):
             p, v, size = cases.exact_jump(p0[i], a0[i], v0[i] if drift else None, ratio, retreat, 0.1)
@@ -155,9 +157,9 @@ else:
         lists = cases.Lists(cases.specs(dtype, sizes))
         arguments = lists.params, lists.anchors, lists.drifts if drift else None
         before = lists.copies()
-        got = multi_tensor.cycle_sums(*arguments)
+        got = cases.sums(multi_tensor, *arguments)
         assert got.dtype == torch.float64 and got.shape == (len(lists.params), 4)
-        other = foreach.cycle_sums(*arguments)
+        other = cases.sums(foreach, *arguments)
         for i, row in enumerate(got):
             exact, size = cases.exact_sums(*(ts and ts[i] for ts in arguments))
             assert ((row - exact).abs() <= 1e-6 * size).all(), (i, row, exact)
@@ -168,10 +170,10 @@ else:
     def test_sums_are_the_same_every_time_and_wherever_a_tensor_stands():
         wanted = [spec for dtype in FLOATS for spec in cases.specs(dtype, [1000, 9000])[::4]]
         lists = cases.Lists(wanted)
-        sums = multi_tensor.cycle_sums(lists.params, lists.anchors, lists.drifts)
+        sums = cases.sums(multi_tensor, lists.params, lists.anchors, lists.drifts)
         for order in range(len(wanted)), torch.randperm(len(wanted)).tolist():
             again = ([ts[i] for i in order] for ts in (lists.params, lists.anchors, lists.drifts))
-            assert torch.equal(multi_tensor.cycle_sums(*again), sums[list(order)])
+            assert torch.equal(cases.sums(multi_tensor, *again), sums[list(order)])
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("dtype", FLOATS)
@@ -179,15 +181,15 @@ else:
         for victim in "params", "anchors", "drifts":
             lists = cases.Lists([(dtype, n, lambda flat: flat, (0, 0, 0)) for n in (9, 1031, 40)])
             getattr(lists, victim)[1][-1] = bad
-            sums = multi_tensor.cycle_sums(lists.params, lists.anchors, lists.drifts)
+            sums = cases.sums(multi_tensor, lists.params, lists.anchors, lists.drifts)
             assert sums.isfinite().all(1).tolist() == [True, False, True], victim
 
     def test_nothing_to_do():
-        assert multi_tensor.cycle_sums([], [], None).shape == (0, 4)
-        multi_tensor.jump_([], [], None, [], [], 0.1)
+        assert cases.sums(multi_tensor, [], [], None).shape == (0, 4)
+        cases.jump_(multi_tensor, [], [], None, [], [], 0.1)
         empty = [torch.zeros(0), torch.zeros(3, 0, dtype=torch.bfloat16)]
-        assert torch.equal(multi_tensor.cycle_sums(empty, empty, empty), torch.zeros(2, 4, dtype=torch.float64))
-        multi_tensor.jump_(empty, empty, None, [1.0, 1.0], [0.5, 0.0], 0.1)
+        assert torch.equal(cases.sums(multi_tensor, empty, empty, empty), torch.zeros(2, 4, dtype=torch.float64))
+        cases.jump_(multi_tensor, empty, empty, None, [1.0, 1.0], [0.5, 0.0], 0.1)
 
     def test_offsets_past_32_bits():
         # The last chunk of a tensor of 2**33 elements, at a made-up address 2**35 bytes before the elements there are.
@@ -211,25 +213,19 @@ else:
             loss = (leaf * leaf * anchor * drift).sum()
             version = written._version
             with torch.no_grad():
-                multi_tensor.jump_([leaf], [anchor], [drift], [1.0], [0.0], 0.5)
+                cases.jump_(multi_tensor, [leaf], [anchor], [drift], [1.0], [0.0], 0.5)
             assert written._version > version
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
 
-    def test_tables_are_made_once_and_follow_the_addresses():
+    def test_tables_follow_the_addresses():
         lists = cases.Lists([(torch.float32, 5, lambda flat: flat, (0, 0, 0))] * 3)
         arguments = lists.params, lists.anchors, None
-        multi_tensor._tables.cache_clear()
-        for _ in range(3):
-            multi_tensor.cycle_sums(*arguments)
-            multi_tensor.jump_(*arguments, [1.0] * 3, [0.0] * 3, 0.1)
-        assert multi_tensor._tables.cache_info().misses == 1
-        assert multi_tensor._tables.cache_info().hits == 5
+        cases.jump_(multi_tensor, *arguments, [1.0] * 3, [0.0] * 3, 0.1)
         moved = torch.full((5,), 2.0)
         lists.params[0].data = moved
         lists.anchors[0].fill_(1.0)
-        multi_tensor.jump_(*arguments, [1.0] * 3, [0.0] * 3, 0.1)
-        assert multi_tensor._tables.cache_info().misses == 2
+        cases.jump_(multi_tensor, *arguments, [1.0] * 3, [0.0] * 3, 0.1)
         assert moved.tolist() == [3.0] * 5
 
     def test_supports():

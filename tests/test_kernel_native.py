@@ -23,7 +23,7 @@ def threads(request):
 def jumped(module, wanted, weight, drift):
     lists = cases.Lists(wanted)
     ratios, retreats = cases.ratios(len(wanted)), cases.retreats(len(wanted))
-    module.jump_(lists.params, lists.anchors, lists.drifts if drift else None, ratios, retreats, weight)
+    cases.jump_(module, lists.params, lists.anchors, lists.drifts if drift else None, ratios, retreats, weight)
     assert lists.guards_intact()
     return lists
 
@@ -49,7 +49,7 @@ def test_bfloat16_rounds_otherwise_than_torch_at_the_ends_of_its_range():
     wanted = []
     for module in native, foreach:
         p, a, v = every.clone(), other.clone(), other.flip(0).clone()
-        module.jump_([p], [a], [v], [0.3], [0.5], 0.1)
+        cases.jump_(module, [p], [a], [v], [0.3], [0.5], 0.1)
         nan = torch.stack([p, a, v]).isnan()  # infinity less infinity: which NaN it is, is no matter
         wanted.append(torch.stack([p, a, v]).where(~nan, 0).view(torch.int16).masked_fill(nan, 1))
     assert torch.equal(*wanted)
@@ -61,7 +61,7 @@ def test_sums(dtype, drift):
     lists = cases.Lists(cases.specs(dtype, cases.SMALL + EDGES))
     arguments = lists.params, lists.anchors, lists.drifts if drift else None
     before = lists.copies()
-    for i, row in enumerate(native.cycle_sums(*arguments)):
+    for i, row in enumerate(cases.sums(native, *arguments)):
         exact, size = cases.exact_sums(*(ts and ts[i] for ts in arguments))
         assert ((row - exact).abs() <= 1e-6 * size).all(), (i, row, exact)
     for now, then in zip(lists.copies(), before):  # reads only
@@ -71,11 +71,11 @@ def test_sums(dtype, drift):
 def test_sums_depend_on_threads_or_on_the_place_in_the_list():
     wanted = [spec for dtype in FLOATS for spec in cases.specs(dtype, EDGES)]
     lists = cases.Lists(wanted)
-    sums = native.cycle_sums(lists.params, lists.anchors, lists.drifts)
+    sums = cases.sums(native, lists.params, lists.anchors, lists.drifts)
     torch.set_num_threads(2)
     order = torch.randperm(len(wanted)).tolist()
     again = ([ts[i] for i in order] for ts in (lists.params, lists.anchors, lists.drifts))
-    assert torch.equal(native.cycle_sums(*again), sums[order])
+    assert torch.equal(cases.sums(native, *again), sums[order])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -84,16 +84,16 @@ def test_what_is_not_finite_does_not_show_in_the_sums(dtype, bad):
     for victim in "params", "anchors", "drifts":
         lists = cases.Lists([(dtype, n, lambda flat: flat, (0, 0, 0)) for n in (9, 1031, 40)])
         getattr(lists, victim)[1][-1] = bad
-        sums = native.cycle_sums(lists.params, lists.anchors, lists.drifts)
+        sums = cases.sums(native, lists.params, lists.anchors, lists.drifts)
         assert sums.isfinite().all(1).tolist() == [True, False, True], victim
 
 
 def test_nothing_to_do_fails():
-    assert native.cycle_sums([], [], None).shape == (0, 4)
-    native.jump_([], [], None, [], [], 0.1)
+    assert cases.sums(native, [], [], None).shape == (0, 4)
+    cases.jump_(native, [], [], None, [], [], 0.1)
     empty = [torch.zeros(0), torch.zeros(3, 0, dtype=torch.bfloat16)]
-    assert torch.equal(native.cycle_sums(empty, empty, empty), torch.zeros(2, 4, dtype=torch.float64))
-    native.jump_(empty, empty, None, [1.0, 1.0], [0.5, 0.0], 0.1)
+    assert torch.equal(cases.sums(native, empty, empty, empty), torch.zeros(2, 4, dtype=torch.float64))
+    cases.jump_(native, empty, empty, None, [1.0, 1.0], [0.5, 0.0], 0.1)
 
 
 def test_autograd_does_not_notice_the_writes():
@@ -101,7 +101,7 @@ def test_autograd_does_not_notice_the_writes():
     for written in leaf, anchor, drift:
         loss = (leaf * leaf * anchor * drift).sum()
         with torch.no_grad():
-            native.jump_([leaf], [anchor], [drift], [1.0], [0.0], 0.5)
+            cases.jump_(native, [leaf], [anchor], [drift], [1.0], [0.0], 0.5)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
         assert written._version
@@ -126,8 +126,9 @@ def test_a_cycle_without_a_compiler_is_another_one(monkeypatch):
     def run():
         lists = cases.Lists(cases.specs(torch.float32, [5, 33, 4097]))
         n = len(lists.params)
-        sums = kernels.cycle_sums(lists.params, lists.anchors, lists.drifts)
-        kernels.jump_(lists.params, lists.anchors, lists.drifts, cases.ratios(n), cases.retreats(n), 0.1)
+        work = kernels.Lists(lists.params, lists.anchors, lists.drifts)
+        sums = work.sums()
+        work.jump_(cases.ratios(n), cases.retreats(n), 0.1)
         return sums, lists
 
     (sums, ours), calls = run(), []

@@ -7,6 +7,7 @@ torch runs a number of steps that a cycle divides, more are run here: a lost pha
 
 import functools
 import itertools
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -50,7 +51,7 @@ from extraopt import ExtraAdam
 # importing torch's test utilities forbids torch.backends.* = ... for the rest of the process; other tests need it
 torch.backends.__allow_nonbracketed_mutation_flag = True
 
-KNOBS = ("extra_every", "extra_steps", "extra_beta", "extra_gate", "extra_start")
+KNOBS = ("extra_every", "extra_steps", "extra_beta", "extra_gate", "extra_start", "extra_offload")
 ADAMW = next(info for info in optim_db if info.optim_cls is AdamW)
 REDUCED = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -62,6 +63,7 @@ def _error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
         "extra_beta": (-0.1, 1.0, float("nan"), "0.9"),
         "extra_gate": (0.0, -1.0, 1.5, float("nan"), False),
         "extra_start": (-1, 1.5, None),
+        "extra_offload": (1, None, "yes"),
     }
     return optim_error_inputs_func_adamw(device, dtype) + [
         ErrorOptimizerInput(
@@ -283,8 +285,9 @@ class TestTorchHarness(TestCase):
         for optim_input in _get_optim_inputs_including_global_cliquey_kwargs(device, dtype, optim_info, skip=skip):
             whole = torch.randn(2, device=device, dtype=dtype, requires_grad=True)
             parts = [part.detach().clone().requires_grad_() for part in (whole.real, whole.imag)]
-            optimizer = optim_info.optim_cls([whole], **optim_input.kwargs)
-            optimizer_parts = optim_info.optim_cls(parts, **optim_input.kwargs)
+            kwargs = {**optim_input.kwargs, "extra_gate": None}  # whole has one gate, its parts would have two
+            optimizer = optim_info.optim_cls([whole], **kwargs)
+            optimizer_parts = optim_info.optim_cls(parts, **kwargs)
             trackers = [TensorTracker() for _ in range(5)]
 
             def closure(w=whole, o=optimizer, trackers=trackers) -> None:
@@ -863,7 +866,7 @@ class TestTorchHarness(TestCase):
             optimizer = optim_info.optim_cls(model.parameters(), **optim_input.kwargs)
             optimizer.zero_grad()
             model(torch.rand(2, 5, dtype=dtype, device=device)).sum().backward()
-            with patch.object(torch.optim.adam, "_multi_tensor_adam") as multi_tensor:
+            with patch.object(sys.modules["torch.optim.adam"], "_multi_tensor_adam") as multi_tensor:
                 optimizer.step()
             self.assertTrue(multi_tensor.called)
 
