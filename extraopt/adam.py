@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import compress, islice
 from typing import Any
@@ -18,6 +19,10 @@ from .cycles import Cycles, group_keeps_drift, stands
 from .knobs import KNOBS, check_knobs
 from .loading import check_cycle, held, place, whole_or_not_at_all
 from .rollback import remembering
+
+
+def _capturing(counters: list[Tensor]) -> bool:
+    return counters[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class ExtraAdam(AdamW, Cycles):
@@ -80,8 +85,8 @@ class ExtraAdam(AdamW, Cycles):
         amsgrad (bool, optional): AMSGrad variant (default: False)
         maximize (bool, optional): maximize the objective (default: False)
         foreach (bool, optional): AdamW's multi-tensor implementation (default: None, AdamW's choice)
-        capturable (bool, optional): keep step counters on the device (default: False). A cycle cannot end inside a
-            captured CUDA graph: capturing a step raises RuntimeError.
+        capturable (bool, optional): keep step counters on the device, as a CUDA graph needs them (default: False). A
+            captured step is AdamW's alone: call :meth:`end_due_cycles` after each replay.
         differentiable (bool, optional): let autograd see the step (default: False). The jump is a constant to it.
         fused (bool, optional): AdamW's fused implementation (default: None)
         extra_every (int, optional): :math:`k`, applied steps in a cycle, >= 1 (default: 10). After changing it during
@@ -111,9 +116,10 @@ class ExtraAdam(AdamW, Cycles):
     Raises:
         ValueError: a knob outside its range; a loaded state whose cycles no step could go on from, such as an anchor of
             another shape than its parameter (the optimizer is left as it was).
-        RuntimeError: sparse gradients; a step captured in a CUDA graph.
+        RuntimeError: sparse gradients.
 
     Warns:
+        RuntimeWarning: a step is captured in a CUDA graph.
         RuntimeWarning: a tensor was refused because its weights, anchor or drift are not finite or its jump could
             overflow its dtype. Its weights are left as AdamW made them and a new cycle starts from there.
 
@@ -279,7 +285,7 @@ class ExtraAdam(AdamW, Cycles):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: gradients are sparse, or the step is being captured in a CUDA graph.
+            RuntimeError: gradients are sparse.
         """
         self._accelerator_graph_capture_health_check()
 
@@ -340,16 +346,22 @@ class ExtraAdam(AdamW, Cycles):
                 params, counters = list(compress(params, kept)), list(compress(counters, kept))
             if not params:
                 continue
-            if counters[0].is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "ExtraAdam.step() cannot be captured in a CUDA graph: a replay would never end a cycle. Capture "
-                    "the forward and backward pass and call step() outside the graph, or set extra_steps=0."
+            if _capturing(counters):
+                warnings.warn(
+                    "ExtraAdam: a step is captured in a CUDA graph, which ends no cycles. Call end_due_cycles() after "
+                    "each replay.",
+                    RuntimeWarning,
+                    stacklevel=3,
                 )
+                return
             every = group["extra_every"]
             countdown = self._countdowns.get(i)
             if countdown is not None and countdown.running(counters, every):
                 continue
             steps = dict(zip(params, read_counters(counters)))
+            if countdown is not None and countdown.counts(counters) and steps[params[0]] == countdown.first:
+                countdown.calls = 0
+                continue  # no step was applied since
             elapsed = {p: step - self._origin(p) for p, step in steps.items()}
             self._countdowns[i] = Countdown(
                 counters, every, steps[params[0]], min(every - n % every for n in elapsed.values())
@@ -358,6 +370,28 @@ class ExtraAdam(AdamW, Cycles):
         found_inf = getattr(self, "found_inf", None)
         if lanes and not (found_inf is not None and bool(found_inf)):  # a step that was skipped ends no cycle
             self._end(lanes)
+
+    @torch.no_grad()
+    def end_due_cycles(self) -> None:
+        """End the cycles that are due after a step that was replayed from a CUDA graph.
+
+        A graph holds AdamW's part of a step: what ends a cycle depends on numbers that only the host can act on. Call
+        this after each replay; it waits for the device only where a cycle may end. After a step that was not replayed
+        there is nothing for it to do.
+
+        Example::
+
+            >>> with torch.cuda.graph(graph):                        # after eager steps, which make the state
+            ...     loss_fn(model(static_input), static_target).backward()
+            ...     optimizer.step()
+            >>> graph.replay()
+            >>> optimizer.end_due_cycles()
+        """
+        stepped = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None and self.state.get(p)]
+            stepped.append((params, [self.state[p]["step"] for p in params]))
+        self._end_due_cycles(stepped)
 
     def _phases_changed(self) -> None:
         self._countdowns.clear()

@@ -149,29 +149,48 @@ def test_elements_past_two_to_the_31_are_left_alone_or_crash():
         assert torch.equal(anchor[part], p.detach()[part])
 
 
-def test_a_graph_replay_freezes_host_scalars_silently():
-    """tracel-ai/burn#5779, microsoft/dion PR #104. No replay could end a cycle: capturing a step is an error."""
-    model, optimizer = make(PAPER, capturable=True)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        train(model, optimizer, range(2))
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"), torch.cuda.graph(graph):
-        optimizer.step()
-    torch.cuda.synchronize()
+@both_rules
+@pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+def test_a_graph_replay_freezes_host_scalars_silently(rule, fused):
+    """tracel-ai/burn#5779, microsoft/dion PR #104: replayed steps, with cycles ended between, are those of no graph."""
 
-    plain, adamw = make({**PAPER, "extra_steps": 0}, capturable=True)  # without a horizon it is AdamW, captures too
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        train(plain, adamw, range(2))
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
-        adamw.step()
-    before = [p.detach().clone() for p in plain.parameters()]
-    graph.replay()
-    assert not any(torch.equal(p, b) for p, b in zip(plain.parameters(), before))
+    def run(captured: bool) -> tuple[torch.nn.Module, ExtraAdam, list[int]]:
+        model, optimizer = make(rule, capturable=True, fused=fused)
+        grads = [torch.zeros_like(p) for p in model.parameters()]
+        for p, g in zip(model.parameters(), grads):
+            p.grad = g
+
+        def set_gradients(i: int) -> None:
+            generator = torch.Generator().manual_seed(i)
+            for g in grads:
+                g.copy_(1 + 0.1 * torch.randn(g.shape, generator=generator))
+
+        side, ends, graph = torch.cuda.Stream(), [], torch.cuda.CUDAGraph()
+        for i in range(4 * K):
+            set_gradients(i)
+            if i == 2 and captured:  # a captured step is not taken
+                side.wait_stream(torch.cuda.current_stream())
+                with pytest.warns(RuntimeWarning, match="end_due_cycles"), torch.cuda.graph(graph, stream=side):
+                    optimizer.step()
+                torch.cuda.current_stream().wait_stream(side)
+            before = optimizer.last_jump
+            if i < 2 or not captured:
+                optimizer.step()
+            else:
+                graph.replay()
+                torch.cuda.set_sync_debug_mode("default" if (i + 1) % K == 0 or i == 2 else "error")
+            try:
+                optimizer.end_due_cycles()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            if optimizer.last_jump is not before:
+                ends.append(i)
+        return model, optimizer, ends
+
+    model, optimizer, ends = run(captured=True)
+    other, eager, expected = run(captured=False)
+    assert ends == expected == [2, 5, 8, 11] and optimizer.last_jump.jumped == 4
+    assert_same_run(model, optimizer, other, eager)
 
 
 @both_rules

@@ -415,6 +415,37 @@ def test_a_compiled_step_finds_a_stride_mismatch(device):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", RULES, ids=rule_name)
+def test_cycles_end_twice_or_not_at_all_beside_a_graph(rule, monkeypatch):
+    """microsoft/dion PR #104, on a CPU: a captured step is AdamW's alone, and the rest can be done after each replay."""
+    from extraopt import adam
+
+    model, optimizer = make(rule)
+    other, plain = make(rule)
+    third, adamw = make({**rule, "extra_steps": 0})
+    for i in range(4 * K):
+        expected = train(other, plain, [i])
+        before = optimizer.last_jump
+        if i % 4 == 1:  # a step like any other
+            train(model, optimizer, [i])
+        else:
+            with monkeypatch.context() as captured, pytest.warns(RuntimeWarning, match="end_due_cycles"):
+                captured.setattr(adam, "_capturing", lambda counters: True)
+                assert train(model, optimizer, [i]) == []
+            optimizer.end_due_cycles()
+        for _ in range(3):  # nothing more to do
+            optimizer.end_due_cycles()
+        assert (optimizer.last_jump is not before) == bool(expected)
+        assert_same_run(model, optimizer, other, plain)
+
+    monkeypatch.setattr(adam, "_capturing", lambda counters: True)
+    model, optimizer = make(rule)
+    with pytest.warns(RuntimeWarning):
+        assert train(model, optimizer, range(3 * K)) == []
+    train(third, adamw, range(3 * K))
+    assert_same(list(model.parameters()), list(third.parameters()))
+
+
 def test_a_missing_gradient_at_the_jump_step_shifts_or_drops_the_cycle():
     """A parameter counts its own applied steps: one that misses the jump step has its cycle end one step later."""
     model, optimizer = make(PAPER)
