@@ -40,10 +40,11 @@ MODULES = [
     "kernels/__init__.py",
     "kernels/foreach.py",
     "kernels/native.py",
+    "kernels/streamed.py",
 ]
 # those that fail soonest, first
 TESTS = """golden jump gate rollback bugs_state properties bugs_step kernel_native contract wrap determinism stateful
-    compile distributed""".split()
+    offload compile distributed""".split()
 TIMEOUT = 900  # seconds of all tests; a mutant that takes longer hangs
 
 
