@@ -104,9 +104,10 @@ class ExtraAdam(AdamW, Cycles):
     Shapes:
         ``state[p]`` holds AdamW's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights before the
         cycle), ``extra_drift`` (:math:`V`; absent for ``extra_beta=0, extra_gate=None``), both of the shape, dtype,
-        device and layout of ``p``, and ``extra_origin`` (int, the applied step from which its cycles are counted). For
-        :meth:`report` there is ``extra_ratio`` beside ``extra_drift`` (float, the last jump in multiples of :math:`V`)
-        and, in the groups, ``extra_scale`` (float, jumps are so many times as long) and ``extra_reports`` (6 floats).
+        device (but for ``extra_offload``) and layout of ``p``, and ``extra_origin`` (int, the applied step from which
+        its cycles are counted). For :meth:`report` there is ``extra_ratio`` beside ``extra_drift`` (float, the last
+        jump in multiples of :math:`V`) and, in the groups, ``extra_scale`` (float, jumps are so many times as long) and
+        ``extra_reports`` (6 floats).
 
     Loading:
         ``load_state_dict`` takes the state of an ExtraAdam or of an AdamW. Knobs come from the state, as all options of

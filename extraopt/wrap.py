@@ -61,8 +61,9 @@ class Extra(Optimizer, Cycles):
     Shapes:
         ``state[p]`` holds the base optimizer's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights
         before the cycle), ``extra_drift`` (:math:`V`; absent for ``extra_beta=0, extra_gate=None``), both of the shape,
-        dtype, device and layout of ``p``, ``extra_step`` (int, applied steps: calls of ``step`` in which ``p`` had a
-        gradient) and ``extra_origin`` (int, the applied step from which cycles are counted).
+        dtype, device (but for ``extra_offload``) and layout of ``p``, ``extra_step`` (int, applied steps: calls of
+        ``step`` in which ``p`` had a gradient) and ``extra_origin`` (int, the applied step from which cycles are
+        counted).
 
     Loading:
         ``load_state_dict`` takes the state of an Extra around the same kind of optimizer, or of that optimizer alone.

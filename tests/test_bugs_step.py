@@ -417,7 +417,7 @@ def test_a_compiled_step_finds_a_stride_mismatch(device):
 
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)
 def test_cycles_end_twice_or_not_at_all_beside_a_graph(rule, monkeypatch):
-    """microsoft/dion PR #104, on a CPU: a captured step is AdamW's alone, and the rest can be done after each replay."""
+    """microsoft/dion PR #104, on a CPU: a captured step is AdamW's alone; the rest can be done after each replay."""
     from extraopt import adam
 
     model, optimizer = make(rule)
@@ -565,3 +565,18 @@ def test_a_step_taken_before_training_shifts_the_counters():
     optimizer.param_groups[0]["lr"] = 0.01
     assert_same(weights(model), before)
     assert train(model, optimizer, range(8)) == [1, 4, 7]
+
+
+def test_bf16_weights_at_a_tiny_learning_rate_have_no_drift():
+    """Not ours to mend: AdamW's own updates are less than half of the distance between two bfloat16 numbers."""
+    moved = {}
+    for lr in 1e-6, 1e-4:
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter((0.02 * torch.randn(100_000, generator=generator)).bfloat16())
+        before, gradient = p.detach().clone(), torch.randn(100_000, generator=generator).bfloat16()
+        optimizer = torch.optim.AdamW([p], lr=lr, weight_decay=0)
+        for _ in range(200):
+            p.grad = gradient
+            optimizer.step()
+        moved[lr] = float((p != before).float().mean())
+    assert moved[1e-6] < 0.03 and moved[1e-4] > 0.8, moved

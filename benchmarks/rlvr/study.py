@@ -70,6 +70,7 @@ RULES = (
     "doubt=0 skip=1",
     "doubt=0 warm=6",
     "doubt=2",
+    "damp=1",
     "exclude=norm|tokens|positions|head",
     "product=1",
 )
@@ -98,6 +99,7 @@ class Rule(optimizers.Trained):
         early: part of them that is taken back, but for the very first.
         warm: the horizon is short at first: N * (1 - b**(warm * drifts seen)).
         doubt: likewise, N * seen / (seen + doubt), as ExtraAdam's.
+        damp: a jump is shortened where the newest drift falls short of the estimate along it, by <D, V> / <V, V>.
         exclude: parameters whose names have one of these never jump.
         product: B of a LoRA pair lands where B A moves as the jumps of A and of B say to first order, as near as its
             rank allows, without the jumps' own product.
@@ -108,7 +110,7 @@ class Rule(optimizers.Trained):
         gate: float = 0.5, k: int = 10, n: float = 200, b: float = 0.95, retreat: float = 0.5, under: float = 0.0,
         moments: str = "keep", lr_units: bool = False, auto: float = 0.0, restart: bool = False, trust: float = 0.0,
         decay: float = 0.0, start: int = 0, skip: int = 0, early: float = 0.0, warm: float = 0.0, doubt: float = 1.0,
-        exclude: str = "", product: bool = False,
+        damp: bool = False, exclude: str = "", product: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model, optimizer)
         self.scope, self.low, self.gate, self.k, self.n, self.b = scope, low, gate, k, n, b
@@ -117,6 +119,7 @@ class Rule(optimizers.Trained):
         self.skip, self.early, self.warm, self.doubt = skip, early, warm, doubt
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for _, p in named]
+        self.damp = damp
         self.excluded = [bool(exclude) and any(word in name for word in exclude.split("|")) for name, _ in named]
         self.anchors = [p.detach().clone() for p in self.params]
         self.drifts = [torch.zeros_like(p) for p in self.params]
@@ -166,6 +169,8 @@ class Rule(optimizers.Trained):
             open_sq, norm_sq = open_sq + g * float(v.square().sum()), norm_sq + float(v.square().sum())
             if known and self.steps > self.start and not out:
                 jump = v * (g * horizon / self.k)
+                if self.damp:
+                    jump *= min(1.0, max(0.0, (1 - self.b**seen) * own[0] / own[2]))
                 if self.trust and g:
                     jump *= min(1.0, self.trust * float(p.norm()) / float(jump.norm()))
                 floor = self._floor(seen) if self.low < 0 else self.low
