@@ -73,7 +73,7 @@ ROWS = [
         "`ZeroRedundancyOptimizer`",
         r"zero_redundancy",
         "2 and 4 ranks, gloo",
-        "gates per rank: differs from one process",
+        "`last_jump` tells of a rank's own tensors",
     ),
     (
         "DeepSpeed ZeRO-1, 2, 3",

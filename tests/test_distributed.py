@@ -215,7 +215,7 @@ def test_ddp_jumps_like_one_process(ranks: Ranks, rule: str) -> None:
     assert first == second and first[-1][3] > 0
 
 
-def rank_zero_redundancy(rank: int, knobs: dict[str, Any]) -> list[float]:
+def rank_zero_redundancy(rank: int, knobs: dict[str, Any]) -> float:
     def make(model: nn.Module) -> ZeroRedundancyOptimizer:
         return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=ExtraAdam, **knobs)
 
@@ -232,27 +232,18 @@ def rank_zero_redundancy(rank: int, knobs: dict[str, Any]) -> list[float]:
     train(resumed, second, range(EVERY + 1, STEPS))
     assert_same(whole(resumed.parameters()), whole(model.parameters()))
 
-    # each rank's inner optimizer is one of its own: its gate looks at that rank's parameters only
     single = make_model()
-    parts = [
-        {i for i, p in enumerate(model.parameters()) if any(p is q for g in groups for q in g["params"])}
-        for groups in optimizer._partition_parameters()
-    ]
-    inner = [ExtraAdam([p for i, p in enumerate(single.parameters()) if i in part], **knobs) for part in parts]
-    for step in range(STEPS):
-        backward(single, step)
-        for part in inner:
-            part.step()
+    train(single, ExtraAdam(single.parameters(), **knobs), range(STEPS))
     assert_same(whole(model.parameters()), whole(single.parameters()))
-    return [part.last_jump.coherence for part in inner]
+    return optimizer.optim.last_jump.coherence
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_zero_redundancy_optimizer_resumes_and_gates_each_rank(ranks: Ranks, rule: str) -> None:
+def test_zero_redundancy_optimizer_resumes_and_jumps_like_one_process(ranks: Ranks, rule: str) -> None:
+    """Each rank steps whole tensors of its own, and each tensor has a gate of its own."""
     first, second = ranks.run(rank_zero_redundancy, {**KNOBS, **RULES[rule]})
-    assert first == second
     if rule == "gated":
-        assert first[0] != first[1], "two gates that agree by chance prove nothing"
+        assert first != second, "ranks that share a gate by chance prove nothing"
 
 
 @pytest.mark.parametrize("every", [1, EVERY])
