@@ -261,9 +261,12 @@ class ExtraAdam(AdamW, Cycles):
             # state, before weights are loaded. Then the first step that moves takes the anchor: till then its origin is
             # kept as a complement, which is negative.
             standing = stands(group)
-            for p in params_with_grad:
+            for i, p in enumerate(params_with_grad):
                 state = self.state[p]
                 if "extra_anchor" not in state or "extra_origin" not in state:
+                    if id(p) not in fresh:
+                        # DeepSpeed's ZeRO-3 loads a universal checkpoint with one counter for all its sub-groups
+                        state_steps[i] = state["step"] = state["step"].clone()
                     state["extra_anchor"] = new_anchor(p, group["extra_offload"])
                     origin = 0 if id(p) in fresh else int(state["step"])
                     state["extra_origin"] = ~origin if standing else origin
