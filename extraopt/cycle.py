@@ -195,7 +195,7 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
         finite = gates.finite(s)
         may = finite & (torch.tensor(lane.steps) >= lane.start) & (lane.horizon > 0)
         if lane.gate is not None:
-            may &= ~gates.still(s)
+            may &= ~gates.unknown(s)
         judged = {
             n: (gates.momentum_coherence(lane.every, lane.beta, lane.momentum, max(1, n)), gates.growth(n, lane.gate))
             for n in set(lane.seen)

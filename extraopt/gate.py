@@ -77,9 +77,9 @@ def growth(seen: int, gate: float | None) -> float:
     return 1.0 if gate is None else seen / (seen + HALFWAY)
 
 
-def still(sums: Tensor) -> Tensor:
-    """Which tensors did not move in this cycle or have no estimate yet: bool [T]. A gated one of them stays."""
-    return (sums[:, 1] == 0) | (sums[:, 2] == 0)
+def unknown(sums: Tensor) -> Tensor:
+    """Which tensors have no estimate yet: bool [T]. A gated one of them stays, as does one that did not move."""
+    return sums[:, 2] == 0
 
 
 def averaged_norm(sums: Tensor, beta: float) -> Tensor:
