@@ -61,7 +61,7 @@ class Lane:
     beta: float
     gate: float | None
     start: int
-    momentum: float = 0.9
+    momentum: float
     differentiable: bool = False
     ratios: list[float] = field(default_factory=list)
     forgotten: list[int] = field(default_factory=list)

@@ -113,7 +113,7 @@ def cycle_sums(work: Work) -> Tensor:
         parts = _blocks(flat(tensors) or [t.reshape(-1) for t in tensors])
         sums = [_block_sums(part, scratches[p.dtype == torch.float64]) for part in parts]
         totals.append(torch.stack(sums).sum(0) if sums else torch.zeros(4, dtype=torch.float64, device=p.device))
-    return torch.stack(totals) if totals else torch.zeros(0, 4, dtype=torch.float64)
+    return torch.stack(totals)
 
 
 def _block_sums(part: Sequence[Tensor], scratch: _Scratch) -> Tensor:

@@ -72,6 +72,18 @@ def test_after_a_roll_back_jumps_are_half_as_long_and_recover() -> None:
     assert optimizer.state[params[0]]["extra_ratio"] == pytest.approx(20 / 5 * 12 / 13)
 
 
+def test_zeros_of_an_older_cycle_are_nothing_to_compare_with() -> None:
+    """A policy that is never right reports 0: as much of a report as any other number."""
+    params = [Parameter(torch.zeros(4))]
+    optimizer = ExtraAdam(params, **KNOBS)
+    for i in range(20):
+        if 5 <= i < 10:
+            assert not optimizer.report(0.0)
+        step(params, optimizer)
+    assert optimizer.last_jump.jumped == 1
+    assert not any(optimizer.report(-1.0 - 0.01 * i) for i in range(5)), "nothing was reported in the cycle before"
+
+
 def test_a_metric_that_is_only_noisy_takes_hardly_any_jump_back() -> None:
     params = [Parameter(torch.zeros(3))]
     optimizer = ExtraAdam(params, **KNOBS)
