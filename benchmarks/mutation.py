@@ -45,7 +45,7 @@ MODULES = [
 # those that fail soonest, first, and by themselves: to collect all takes longer than to run these
 TESTS = [
     "jump gate rollback kernel_native bad_input offload golden".split(),
-    "bugs_state properties bugs_step contract wrap determinism stateful compile distributed".split(),
+    "bugs_state properties bugs_step contract wrap determinism stateful compile distributed deepspeed_ranks".split(),
 ]
 TIMEOUT = 900  # seconds of all tests; a mutant that takes longer hangs
 

@@ -197,6 +197,17 @@ def test_a_differentiable_step_passes_gradients_through_the_jump():
     )  # only weight decay scales it
 
 
+def test_the_anchor_after_a_differentiable_jump_is_where_the_weights_landed():
+    """To the last bit: a difference would be a part of the next drift."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.randn(1000, generator=g, requires_grad=True) * 1.0
+    optimizer = ExtraAdam([p], lr=0.1, differentiable=True, extra_every=1, extra_steps=3, extra_gate=None)
+    p.grad = torch.randn(1000, generator=g)
+    optimizer.step()
+    assert optimizer.last_jump.jumped == 1
+    assert torch.equal(optimizer.state[p]["extra_anchor"], p.detach())
+
+
 def test_a_horizon_of_zero_in_mid_run_still_retreats() -> None:
     g = torch.Generator().manual_seed(0)
     params, optimizer = model(extra_every=3, extra_steps=9)
