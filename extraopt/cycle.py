@@ -205,7 +205,7 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
         ratios = (g * grown * lane.horizon / lane.every).where(may, 0.0)
         retreats = ((1 - g) * gates.RETREAT).where(may, 0.0)
         norms = gates.averaged_norm(s, lane.beta)
-        jumps = (ratios * norms + retreats * s[:, 1].sqrt()).where(may, 0.0)
+        jumps = ratios * norms + retreats * s[:, 1].sqrt()
         overflow = gates.overflows(s, jumps, [p.dtype for p in lane.params]) & (jumps > 0)
         ratios[overflow] = retreats[overflow] = 0.0
         lane.ratios = ratios.tolist()
