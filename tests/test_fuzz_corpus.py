@@ -126,10 +126,11 @@ def test_a_cycle_that_lacks_an_entry_breaks_jump_and_report(extra: bool, absent:
     assert optimizer.last_jump is not None
 
 
-@pytest.mark.parametrize("momentum", [1.0, 1.5])
-def test_a_momentum_that_never_forgets_ends_in_a_division_by_zero(momentum: float):
+@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"momentum": 1.5}, {"beta1": float("nan")}])
+def test_a_momentum_that_never_forgets_ends_in_a_division_by_zero(options: dict[str, float]):
     p = torch.nn.Parameter(torch.ones(3))
-    optimizer = Extra(torch.optim.SGD([p], lr=1e-3, momentum=momentum), extra_every=3, extra_steps=6)
+    group = {"params": [p], **options}
+    optimizer = Extra(torch.optim.SGD([group], lr=1e-3), extra_every=3, extra_steps=6)
     for _ in range(9):
         step(optimizer)
     assert optimizer.last_jump is not None and p.isfinite().all()
