@@ -45,7 +45,8 @@ MODULES = [
 # those that fail soonest, first, and by themselves: to collect all takes longer than to run these
 TESTS = [
     "jump gate rollback kernel_native bad_input offload golden".split(),
-    "bugs_state properties bugs_step contract wrap determinism stateful compile distributed deepspeed_ranks".split(),
+    "bugs_state properties bugs_step contract wrap determinism stateful compile".split()
+    + "distributed deepspeed_ranks fuzz_corpus".split(),
 ]
 TIMEOUT = 900  # seconds of all tests; a mutant that takes longer hangs
 

@@ -398,7 +398,8 @@ class ExtraAdam(AdamW, Cycles):
         self._end_due_cycles(stepped)
 
     def _phases_changed(self) -> None:
-        self._countdowns.clear()
+        for i, old in self._countdowns.items():  # look again at the next step, and not before it
+            self._countdowns[i] = Countdown(old.counters, old.every, int(old.counters[0]), left=1)
 
     def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], dict[Tensor, int]]]:
         """Each group with those of its parameters that have an anchor, and their applied steps."""
