@@ -185,6 +185,7 @@ class ExtraAdam(AdamW, Cycles):
         # Caches only: nothing here is needed for a correct resume. Written in place, never rebound, since wrappers
         # that take on our class (Lightning's) share what we hold but not what we would assign.
         self._countdowns: dict[int, Countdown] = {}  # by position of the group
+        self._ended: dict[Tensor, int] = {}  # applied steps at which cycles have ended since the last call of step()
         self._last_jump: list[JumpReport] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -341,7 +342,9 @@ class ExtraAdam(AdamW, Cycles):
         return loss
 
     @_disable_dynamo
-    def _end_due_cycles(self, stepped: list[tuple[list[Tensor], list[Tensor]]]) -> None:
+    def _end_due_cycles(self, stepped: list[tuple[list[Tensor], list[Tensor]]], replayed: bool = False) -> None:
+        if not replayed:
+            self._ended.clear()
         lanes = []
         for i, (group, (params, counters)) in enumerate(zip(self.param_groups, stepped)):
             if not group["extra_steps"]:
@@ -363,17 +366,17 @@ class ExtraAdam(AdamW, Cycles):
             if countdown is not None and countdown.running(counters, every):
                 continue
             steps = dict(zip(params, read_counters(counters)))
-            if countdown is not None and countdown.counts(counters) and steps[params[0]] == countdown.first:
-                countdown.calls = 0
-                continue  # no step was applied since
             elapsed = {p: step - self._origin(p) for p, step in steps.items()}
             self._countdowns[i] = Countdown(
                 counters, every, steps[params[0]], min(every - n % every for n in elapsed.values())
             )
-            lanes += self._lane(group, {p: steps[p] for p, n in elapsed.items() if n > 0 and n % every == 0})
+            due = {p: steps[p] for p, n in elapsed.items() if n > 0 and n % every == 0}
+            lanes += self._lane(group, {p: step for p, step in due.items() if self._ended.get(p) != step})
         found_inf = getattr(self, "found_inf", None)
         if lanes and not (found_inf is not None and bool(found_inf)):  # a step that was skipped ends no cycle
             self._end(lanes)
+            for lane in lanes:
+                self._ended.update(zip(lane.params, lane.steps))
 
     @torch.no_grad()
     def end_due_cycles(self) -> None:
@@ -395,11 +398,12 @@ class ExtraAdam(AdamW, Cycles):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and self.state.get(p)]
             stepped.append((params, [self.state[p]["step"] for p in params]))
-        self._end_due_cycles(stepped)
+        self._end_due_cycles(stepped, replayed=True)
 
     def _phases_changed(self) -> None:
-        for i, old in self._countdowns.items():  # look again at the next step, and not before it
-            self._countdowns[i] = Countdown(old.counters, old.every, int(old.counters[0]), left=1)
+        self._countdowns.clear()
+        for _, steps in self._anchored_steps():
+            self._ended.update(steps)
 
     def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], dict[Tensor, int]]]:
         """Each group with those of its parameters that have an anchor, and their applied steps."""

@@ -114,13 +114,9 @@ class Countdown:
     left: int
     calls: int = 0
 
-    def counts(self, counters: Sequence[Tensor]) -> bool:
-        """Whether it was made for this very list."""
-        return len(counters) == len(self.counters) and all(map(is_, counters, self.counters))
-
     def running(self, counters: Sequence[Tensor], every: int) -> bool:
         """Whether all cycles of the list surely go on after one more call. Never waits for a device."""
-        if every != self.every or not self.counts(counters):
+        if every != self.every or len(counters) != len(self.counters) or not all(map(is_, counters, self.counters)):
             return False
         self.calls += 1
         # on a CPU reading one counter is free, and notices skipped steps and edits from outside
