@@ -6,7 +6,8 @@
     python benchmarks/grpo_llm.py --report FILE                 # table and picture of what FILE has
 
 The trainer is TRL's own. Each run is written to FILE when it ends and is not repeated; one that was cut off resumes
-from its last checkpoint. A run's curve is the mean reward of each step's completions, sampled before the step.
+from its last checkpoint. A run's curve is the mean reward of each step's completions, sampled before the step; its
+entropy is that of the policy over them, in nats for each token.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ PAPER = {"extra_every": 20, "extra_steps": 100, "extra_beta": 0.0, "extra_gate":
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {}),
     "ExtraAdam": (ExtraAdam, {}),
+    "ExtraAdam (5,25)": (ExtraAdam, {"extra_every": 5, "extra_steps": 25}),
     "RL-Extra (20,100)": (ExtraAdam, PAPER),
 }
-COLOURS = {"AdamW": "#64748b", "ExtraAdam": "#0072b2", "RL-Extra (20,100)": "#d55e00"}
+COLOURS = dict(zip(OPTIMIZERS, ("#64748b", "#0072b2", "#009e73", "#d55e00")))
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few
 
 
@@ -62,7 +64,7 @@ class Preset:
     Attributes:
         tasks: name of each task; options where it is one of reasoning-gym's; tokens of its longest completion;
             whether it is put in the model's chat format, or left for it to write on.
-        lrs: learning rates by tuning; RL-Extra runs at the first.
+        lrs: learning rates by tuning; AdamW and the default run at both, others at the first.
         prompts, group: questions in an optimizer step, and completions to each.
         generations: optimizer steps on one batch of completions.
     """
@@ -180,6 +182,7 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
     return {
         **run,
         "curve": [[log["step"], round(log["reward"], 4)] for log in logs],
+        "entropy": [round(log["entropy"], 4) for log in logs],
         "jumps": [[step, round(cosine, 3), round(gate, 3)] for step, cosine, gate in jumps],
         "seconds": round(sum(log["seconds"] for log in logs), 1),
     }
@@ -196,11 +199,12 @@ def steps_to(row: dict[str, Any], target: float) -> float:
 
 def report(rows: list[dict[str, Any]], path: Path) -> str:
     """A table, and a picture at `path`."""
-    places = sorted({(row["task"], row["tuning"]) for row in rows})
+    where = lambda row: (row["task"], row["tuning"], f"{row['settings']['steps']} steps")  # noqa: E731
+    places = sorted(set(map(where, rows)))
     lines = []
     figure = Figure(figsize=(6 * len(places), 4), dpi=110, layout="constrained")
     for axes, place in zip(figure.subplots(1, len(places), squeeze=False)[0], places):
-        here = [row for row in rows if (row["task"], row["tuning"]) == place]
+        here = [row for row in rows if where(row) == place]
         for name, lr in sorted({(row["optimizer"], row["lr"]) for row in here}):
             own = [row for row in here if (row["optimizer"], row["lr"]) == (name, lr)]
             last = own[0]["curve"][-1][0]
@@ -212,7 +216,7 @@ def report(rows: list[dict[str, Any]], path: Path) -> str:
                 if row["seed"] in theirs and (target := level(theirs[row["seed"]], last)) is not None
             ]
             lines.append(
-                f"| {place[0]} | {place[1]} | {name} | {lr:g} | {statistics.median(ends):.3f} |"
+                f"| {' | '.join(place)} | {name} | {lr:g} | {statistics.median(ends):.3f} |"
                 f" {statistics.mean(r for row in own for _, r in row['curve']):.3f} |"
                 f" {f'{statistics.median(faster):.2f}x' if faster else ''} | {len(own)} |"
             )
@@ -224,8 +228,8 @@ def report(rows: list[dict[str, Any]], path: Path) -> str:
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
-    columns = "task tuning optimizer lr last mean speed seeds".split()
-    columns[4], columns[6] = f"reward, last {WINDOW} steps", "AdamW's steps to its last level / steps to it"
+    columns = "task tuning length optimizer lr last mean speed seeds".split()
+    columns[5], columns[7] = f"reward, last {WINDOW} steps", "AdamW's steps to its last level / steps to it"
     return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines])
 
 
@@ -234,7 +238,9 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the rows go.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds; default: the preset's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of a run; default: the preset's.")] = None,
-    only: Annotated[str, typer.Option(help="Only runs with all of these words, such as 'LoRA 0.0001'.")] = "",
+    only: Annotated[
+        list[str], typer.Option(help="Only runs of this task, optimizer, tuning, lr or seed; several: of all of them.")
+    ] = [],  # noqa: B006 (typer copies it)
     work: Annotated[Path, typer.Option(help="Folder for checkpoints of the run under way.")] = Path("runs/grpo_llm"),
     report_file: Annotated[
         Path | None, typer.Option("--report", help="Only the table and picture of this file.")
@@ -268,17 +274,17 @@ def main(
         for tuning, lrs in chosen.lrs.items()
         for task in chosen.tasks
         for name in OPTIMIZERS
-        for lr in (lrs[:1] if name.startswith("RL-Extra") else lrs)
+        for lr in (lrs if name in ("AdamW", "ExtraAdam") else lrs[:1])
     ]
     rows = json.loads(json_file.read_text()) if json_file and json_file.exists() else []
     with Progress(*Progress.get_default_columns(), "{task.fields[note]}", console=Console(stderr=True)) as progress:
         bar = progress.add_task("runs", total=len(runs), note="")
         for run in runs:
             words = (run["task"], run["tuning"], run["optimizer"], f"{run['lr']:g}", str(run["seed"]))
-            if not set(only.split()) <= set(words):
+            if not set(only) <= set(words):
                 continue
             if not any(all(row[key] == value for key, value in run.items()) for row in rows):
-                folder = work / "-".join(words).replace("/", "-").replace(" ", "")
+                folder = work / "-".join([*words, str(chosen.steps)]).replace("/", "-").replace(" ", "")
                 rows.append(train(chosen, run, folder, progress) | {"machine": machine()})
                 if json_file is not None:
                     json_file.parent.mkdir(parents=True, exist_ok=True)

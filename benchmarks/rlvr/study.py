@@ -15,6 +15,7 @@ import math
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ RULES = (
     "AdamW",
     "default",
     "scope=shut",
+    "scope=row",
     "scope=global",
     "scope=both",
     "scope=wiener",
@@ -62,15 +64,19 @@ RULES = (
     "moments=count",
     "lr_units=1",
     "auto=.1",
-    "restart=1",
+    "forget=0",
     "trust=.02",
     "decay=.05",
     "start=50",
+    "end=40",
     "doubt=0",
     "doubt=0 skip=1",
     "doubt=0 warm=6",
     "doubt=2",
     "damp=1",
+    "damp=2",
+    "slow=1",
+    "turn=1",
     "exclude=norm|tokens|positions|head",
     "product=1",
 )
@@ -80,9 +86,9 @@ class Rule(optimizers.Trained):
     """AdamW and a jump with switches; all at their defaults it is ExtraAdam.
 
     Args:
-        scope: what has a gate: each "tensor"; "global", all together; "both", the lower of these; "wiener", each
-            tensor, its gate being the share of V's square that is signal, by the covariances of `momentum_coherence`;
-            "none", always open; "shut".
+        scope: what has a gate: each "tensor"; each "row" of a matrix; "global", all together; "both", the lower of a
+            tensor's and this; "wiener", each tensor, its gate being the share of V's square that is signal, by the
+            covariances of `momentum_coherence`; "none", always open; "shut".
         low, gate: the gate is clip((cos - low) / (gate * (1 - low)), 0, 1); low -1: what momentum alone shows.
         k, n, b: steps in a cycle, steps jumped, averaging of the drift.
         retreat: part of the drift that is taken back where a gate is shut.
@@ -91,15 +97,18 @@ class Rule(optimizers.Trained):
             "count", reset the counter.
         lr_units: average drifts in units of the learning rate, and jump at the present one.
         auto: the horizon grows by this factor for each cycle with open gates and shrinks with shut ones.
-        restart: forget the estimate where a drift turns against it.
+        forget: an estimate begins anew where its coherence with the drift is below this part of `low`.
         trust: longest jump as a part of a tensor's norm.
         decay: the horizon shrinks to 1 / (1 + decay * cycles).
         start: steps without a jump at first.
+        end: likewise, at last, of a run of `steps` steps.
         skip: first drifts that the estimate does not take in.
         early: part of them that is taken back, but for the very first.
         warm: the horizon is short at first: N * (1 - b**(warm * drifts seen)).
         doubt: likewise, N * seen / (seen + doubt), as ExtraAdam's.
-        damp: a jump is shortened where the newest drift falls short of the estimate along it, by <D, V> / <V, V>.
+        damp: a jump is shortened where the newest drift falls short of the estimate along it, by damp * <D, V> / V^2.
+        slow: likewise, where it is shorter than the estimate, by (|D| / |V|)^slow.
+        turn: nothing is taken back of a drift that turned against the estimate: the retreat fades to 0 at cos = -low.
         exclude: parameters whose names have one of these never jump.
         product: B of a LoRA pair lands where B A moves as the jumps of A and of B say to first order, as near as its
             rank allows, without the jumps' own product.
@@ -108,23 +117,26 @@ class Rule(optimizers.Trained):
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, scope: str = "tensor", low: float = -1.0,
         gate: float = 0.5, k: int = 10, n: float = 200, b: float = 0.95, retreat: float = 0.5, under: float = 0.0,
-        moments: str = "keep", lr_units: bool = False, auto: float = 0.0, restart: bool = False, trust: float = 0.0,
-        decay: float = 0.0, start: int = 0, skip: int = 0, early: float = 0.0, warm: float = 0.0, doubt: float = 1.0,
-        damp: bool = False, exclude: str = "", product: bool = False,
+        turn: bool = False, moments: str = "keep", lr_units: bool = False, auto: float = 0.0, forget: float = -math.inf,
+        trust: float = 0.0, decay: float = 0.0, start: int = 0, end: int = 0, steps: int = 0, skip: int = 0,
+        early: float = 0.0, warm: float = 0.0, doubt: float = 1.0, damp: float = 0.0, slow: float = 0.0,
+        exclude: str = "", product: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model, optimizer)
         self.scope, self.low, self.gate, self.k, self.n, self.b = scope, low, gate, k, n, b
         self.retreat, self.under, self.moments, self.lr_units, self.auto = retreat, under, moments, lr_units, auto
-        self.restart, self.trust, self.decay, self.start = restart, trust, decay, start
+        self.forget, self.trust, self.decay, self.start = forget, trust, decay, start
+        self.until = steps - end if end else math.inf
         self.skip, self.early, self.warm, self.doubt = skip, early, warm, doubt
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for _, p in named]
-        self.damp = damp
+        self.damp, self.slow, self.turn = damp, slow, turn
         self.excluded = [bool(exclude) and any(word in name for word in exclude.split("|")) for name, _ in named]
         self.anchors = [p.detach().clone() for p in self.params]
         self.drifts = [torch.zeros_like(p) for p in self.params]
         at = {name: i for i, (name, _) in enumerate(named)}
         self.pairs = [(at[n], at[n.replace("lora_A", "lora_B")]) for n in at if product and "lora_A" in n]
+        self.begun = [0] * len(self.params)  # cycles that the estimate of each does not know
         self.steps, self.lr, self.factor = 0, 0.0, 1.0
 
     @torch.no_grad()
@@ -149,35 +161,43 @@ class Rule(optimizers.Trained):
         sums = [[float((d * v).sum()), float(d.square().sum()), float(v.square().sum())] for d, v in pairs]
         whole = [sum(column) for column in zip(*sums)]
         horizon = self.n * self.factor / (1 + self.decay * seen)
-        if self.warm:
-            horizon *= 1 - self.b ** (self.warm * seen)
-        if seen:
-            horizon *= seen / (seen + self.doubt)
+        cycle = seen
         open_sq = norm_sq = 0.0
         ends = [p.clone() for p in self.params] if self.pairs else []
-        for p, a, d, v, own, out in zip(self.params, self.anchors, moved, self.drifts, sums, self.excluded):
+        for i, (p, a, d, v, own) in enumerate(zip(self.params, self.anchors, moved, self.drifts, sums)):
+            seen = cycle - self.begun[i]
             dv, dd, vv = whole if self.scope == "global" else own
-            g = self._gate(dv, dd, vv, seen) if seen and dd * vv > 0 else 0.0
-            if g and self.scope == "both":
+            g: Any = self._gate(dv, dd, vv, seen) if seen and dd * vv > 0 else 0.0
+            if self.scope == "row" and p.dim() > 1 and seen:
+                rows = [x.flatten(1).sum(1).tolist() for x in (d * v, d.square(), v.square())]
+                opens = [self._gate(*row, seen) if row[1] * row[2] > 0 else 0.0 for row in zip(*rows)]
+                g = d.new_tensor(opens).view(-1, *[1] * (p.dim() - 1))
+            if self.scope == "both" and g:
                 g = min(g, self._gate(*whole, seen))
             known = self.scope == "none" or (seen > 0 and own[1] * own[2] > 0)
             if seen == 0 and self.skip:  # no estimate yet, as in the cycles skipped
                 p.sub_(d, alpha=self.early)
+            floor = self._floor(max(1, seen)) if self.low < 0 else self.low
+            cosine = own[0] / math.sqrt(own[1] * own[2]) if own[1] * own[2] > 0 else 0.0
+            if known and cosine < self.forget * floor:
+                v.zero_()
+                self.begun[i] = cycle
             v.mul_(self.b * scale).add_(d, alpha=1 - self.b)
-            if self.restart and own[0] < 0:
-                v.copy_((1 - self.b) * d)
             open_sq, norm_sq = open_sq + g * float(v.square().sum()), norm_sq + float(v.square().sum())
-            if known and self.steps > self.start and not out:
-                jump = v * (g * horizon / self.k)
+            if known and self.start < self.steps <= self.until and not self.excluded[i]:
+                grown = 1 - self.b ** (self.warm * seen) if self.warm else 1.0
+                grown *= seen / (seen + self.doubt) if seen else 1.0
+                jump, opened = v * (g * grown * horizon / self.k), bool(torch.as_tensor(g).any())
                 if self.damp:
-                    jump *= min(1.0, max(0.0, (1 - self.b**seen) * own[0] / own[2]))
-                if self.trust and g:
+                    jump *= min(1.0, max(0.0, self.damp * (1 - self.b**seen) * own[0] / own[2]))
+                if self.slow and seen:
+                    jump *= min(1.0, (1 - self.b**seen) * math.sqrt(own[1] / own[2])) ** self.slow
+                if self.trust and opened:
                     jump *= min(1.0, self.trust * float(p.norm()) / float(jump.norm()))
-                floor = self._floor(seen) if self.low < 0 else self.low
-                cosine = own[0] / math.sqrt(own[1] * own[2]) if own[1] * own[2] > 0 else 0.0
                 below = 1 - min(1.0, max(0.0, cosine / floor)) if self.under else 0.0
-                p.add_(jump - (self.retreat * (1 - g) + self.under * below) * d)
-                if g:
+                retreat = self.retreat * (min(1.0, max(0.0, 1 + cosine / floor)) if self.turn else 1.0)
+                p.add_(jump - (retreat * (1 - g) + self.under * below) * d)
+                if opened:
                     self._reset(self.optimizer.state[p])
             a.copy_(p)
         for i, j in self.pairs:
@@ -209,22 +229,22 @@ class Rule(optimizers.Trained):
             state[key].zero_()
 
 
-def build(name: str, model: nn.Module, lr: float) -> optimizers.Trained:
-    """`Rule` with the switches that `name` lists, or an optimizer of the comparison."""
+def build(name: str, model: nn.Module, lr: float, steps: int = 0) -> optimizers.Trained:
+    """`Rule` with the switches that `name` lists, or an optimizer of the comparison, for a run of `steps` steps."""
     if name in ("AdamW", "ExtraAdam"):
         return optimizers.build(name, model, lr)
     knobs: dict[str, Any] = {}
+    kinds = dict.fromkeys(("k", "start", "end", "skip"), int) | dict.fromkeys(("scope", "moments", "exclude"), str)
     for word in name.split() if name != "default" else ():
         key, value = word.split("=")
-        kind = {"k": int, "start": int, "skip": int, "scope": str, "moments": str, "exclude": str}.get(key, float)
-        knobs[key] = kind(value)
+        knobs[key] = kinds.get(key, float)(value)
     params = [p for p in model.parameters() if p.requires_grad]
-    return Rule(model, torch.optim.AdamW(params, lr, **optimizers.ADAMW), **knobs)
+    return Rule(model, torch.optim.AdamW(params, lr, **optimizers.ADAMW), steps=steps, **knobs)
 
 
 def one(place: str, rule: str, seed: int) -> dict[str, Any]:
     cell, lr, schedule = PLACES[place]
-    row = compare.run(cell, rule, lr, seed, build, schedule)
+    row = compare.run(cell, rule, lr, seed, partial(build, steps=cell.steps), schedule)
     return {"place": place, "rule": rule, "seed": seed} | {key: row[key] for key in ("curve", "collapsed")}
 
 
@@ -233,14 +253,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     adamw = {(r["place"], r["seed"]): r for r in rows if r["rule"] == "AdamW"}
     places = [place for place in PLACES if any(r["place"] == place for r in rows)]
     lines = ["| rule | " + " | ".join(places) + " |", "|" + "---|" * (len(places) + 1)]
-    for rule in dict.fromkeys(r["rule"] for r in rows):
+    order = {rule: i for i, rule in enumerate(RULES)}
+    for rule in sorted({r["rule"] for r in rows}, key=lambda rule: (order.get(rule, len(order)), rule)):
         cells = []
         for place in places:
             own = sorted((r for r in rows if (r["rule"], r["place"]) == (rule, place)), key=lambda r: r["seed"])
             ends = " ".join(f"{report.final(r):.2f}".lstrip("0") for r in own)
             told = [report.speedup([adamw[place, r["seed"]]], [r])[0] for r in own if (place, r["seed"]) in adamw]
             cells.append(f"{ends} ({statistics.median(told):.1f}x)" if told else ends)
-        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+        lines.append(" | ".join(["", rule.replace("|", "\\|"), *cells, ""]).strip())
     return "\n".join(lines)
 
 
@@ -261,7 +282,9 @@ def main() -> None:
             rows.append(future.result())
             compare.write(rows, args.json)
             progress.advance(bar)
-    print(table(rows))
+    text = table(rows)
+    args.json.with_suffix(".md").write_text(f"{table.__doc__}\n\n{text}\n")
+    print(text)
 
 
 if __name__ == "__main__":
