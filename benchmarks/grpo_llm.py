@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import platform
 import shutil
 import statistics
@@ -193,44 +194,44 @@ def level(row: dict[str, Any], end: int) -> float:
     return statistics.mean(reward for step, reward in row["curve"] if end - WINDOW < step <= end)
 
 
-def steps_to(row: dict[str, Any], target: float) -> float:
-    return next((s for s, _ in row["curve"] if s >= WINDOW and level(row, s) >= target), float("inf"))
-
-
 def report(rows: list[dict[str, Any]], path: Path) -> str:
     """A table, and a picture at `path`."""
-    where = lambda row: (row["task"], row["tuning"], f"{row['settings']['steps']} steps")  # noqa: E731
+    where = lambda row: (row["task"], row["tuning"], row["settings"]["steps"])  # noqa: E731
     places = sorted(set(map(where, rows)))
-    lines = []
-    figure = Figure(figsize=(6 * len(places), 4), dpi=110, layout="constrained")
-    for axes, place in zip(figure.subplots(1, len(places), squeeze=False)[0], places):
+    panels = [(place, "reward") for place in places]
+    panels += [(p, "entropy") for p in places if any("entropy" in row for row in rows if where(row) == p)]
+    height = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(11, 3.6 * height), dpi=110, layout="constrained")
+    every = iter(figure.subplots(height, 2, squeeze=False).flat)
+    for (place, what), axes in zip(panels, every):
+        here = [row for row in rows if where(row) == place and (what == "reward" or what in row)]
+        for name, lr in sorted({(row["optimizer"], row["lr"]) for row in here}):
+            own = [row for row in here if (row["optimizer"], row["lr"]) == (name, lr)]
+            curves = [row[what] if what in row else [reward for _, reward in row["curve"]] for row in own]
+            steps = range(WINDOW, place[2] + 1)
+            curve = [statistics.mean(statistics.mean(c[s - WINDOW : s]) for c in curves) for s in steps]
+            dashed = lr != min(row["lr"] for row in here)
+            label = f"{name}, lr {lr:g} ({len(own)} seed{'s' * (len(own) > 1)})"
+            axes.plot(steps, curve, color=COLOURS[name], ls="--" if dashed else "-", label=label)
+        unit = " (nats a token)" if what == "entropy" else ""
+        axes.set(title=", ".join(place[:2]), xlabel="optimizer step", ylabel=f"{what}{unit}, mean of {WINDOW} steps")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in every:
+        axes.set_axis_off()
+    figure.savefig(path)
+    columns = ["task", "tuning", "steps", "optimizer", "lr", "seeds", "mean reward"]
+    columns += [f"steps {end - WINDOW + 1}-{end}" for end in (2 * WINDOW, 3 * WINDOW)] + [f"last {WINDOW}"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for place in places:
         here = [row for row in rows if where(row) == place]
         for name, lr in sorted({(row["optimizer"], row["lr"]) for row in here}):
             own = [row for row in here if (row["optimizer"], row["lr"]) == (name, lr)]
-            last = own[0]["curve"][-1][0]
-            theirs = {row["seed"]: row for row in here if row["optimizer"] == "AdamW" and row["lr"] == lr}
-            ends = [level(row, last) for row in own]
-            faster = [
-                steps_to(theirs[row["seed"]], target) / steps_to(row, target)
-                for row in own
-                if row["seed"] in theirs and (target := level(theirs[row["seed"]], last)) is not None
-            ]
-            lines.append(
-                f"| {' | '.join(place)} | {name} | {lr:g} | {statistics.median(ends):.3f} |"
-                f" {statistics.mean(r for row in own for _, r in row['curve']):.3f} |"
-                f" {f'{statistics.median(faster):.2f}x' if faster else ''} | {len(own)} |"
-            )
-            steps = range(WINDOW, last + 1)
-            curve = [statistics.median(level(row, s) for row in own) for s in steps]
-            dashed = lr != min(row["lr"] for row in here)
-            axes.plot(steps, curve, color=COLOURS[name], ls="--" if dashed else "-", label=f"{name}, lr {lr:g}")
-        axes.set(title=", ".join(place), xlabel="optimizer step", ylabel=f"reward, mean of {WINDOW} steps")
-        axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-    columns = "task tuning length optimizer lr last mean speed seeds".split()
-    columns[5], columns[7] = f"reward, last {WINDOW} steps", "AdamW's steps to its last level / steps to it"
-    return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *lines])
+            means = [statistics.mean(r for row in own for _, r in row["curve"])]
+            means += [statistics.mean(level(row, end) for row in own) for end in (2 * WINDOW, 3 * WINDOW, place[2])]
+            cells = [*map(str, place), name, f"{lr:g}", str(len(own)), *(f"{mean:.3f}" for mean in means)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(
