@@ -21,7 +21,7 @@ import shutil
 import statistics
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,9 +52,10 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {}),
     "ExtraAdam": (ExtraAdam, {}),
     "ExtraAdam (5,25)": (ExtraAdam, {"extra_every": 5, "extra_steps": 25}),
+    "ExtraAdam (start 61)": (ExtraAdam, {"extra_start": 61}),
     "RL-Extra (20,100)": (ExtraAdam, PAPER),
 }
-COLOURS = dict(zip(OPTIMIZERS, ("#64748b", "#0072b2", "#009e73", "#d55e00")))
+COLOURS = dict(zip(OPTIMIZERS, ("#64748b", "#0072b2", "#009e73", "#cc79a7", "#d55e00")))
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few
 
 
@@ -196,7 +197,7 @@ def level(row: dict[str, Any], end: int) -> float:
 
 def report(rows: list[dict[str, Any]], path: Path) -> str:
     """A table, and a picture at `path`."""
-    where = lambda row: (row["task"], row["tuning"], row["settings"]["steps"])  # noqa: E731
+    where = lambda row: (row["task"], row["tuning"], *(row["settings"][k] for k in ("completions", "steps")))  # noqa: E731
     places = sorted(set(map(where, rows)))
     panels = [(place, "reward") for place in places]
     panels += [(p, "entropy") for p in places if any("entropy" in row for row in rows if where(row) == p)]
@@ -208,19 +209,23 @@ def report(rows: list[dict[str, Any]], path: Path) -> str:
         for name, lr in sorted({(row["optimizer"], row["lr"]) for row in here}):
             own = [row for row in here if (row["optimizer"], row["lr"]) == (name, lr)]
             curves = [row[what] if what in row else [reward for _, reward in row["curve"]] for row in own]
-            steps = range(WINDOW, place[2] + 1)
+            steps = range(WINDOW, place[3] + 1)
             curve = [statistics.mean(statistics.mean(c[s - WINDOW : s]) for c in curves) for s in steps]
             dashed = lr != min(row["lr"] for row in here)
             label = f"{name}, lr {lr:g} ({len(own)} seed{'s' * (len(own) > 1)})"
             axes.plot(steps, curve, color=COLOURS[name], ls="--" if dashed else "-", label=label)
         unit = " (nats a token)" if what == "entropy" else ""
-        axes.set(title=", ".join(place[:2]), xlabel="optimizer step", ylabel=f"{what}{unit}, mean of {WINDOW} steps")
+        axes.set(
+            title="{}, {}, {} completions a step".format(*place),
+            xlabel="optimizer step",
+            ylabel=f"{what}{unit}, mean of {WINDOW} steps",
+        )
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in every:
         axes.set_axis_off()
     figure.savefig(path)
-    columns = ["task", "tuning", "steps", "optimizer", "lr", "seeds", "mean reward"]
+    columns = ["task", "tuning", "completions", "steps", "optimizer", "lr", "seeds", "mean reward"]
     columns += [f"steps {end - WINDOW + 1}-{end}" for end in (2 * WINDOW, 3 * WINDOW)] + [f"last {WINDOW}"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for place in places:
@@ -228,7 +233,7 @@ def report(rows: list[dict[str, Any]], path: Path) -> str:
         for name, lr in sorted({(row["optimizer"], row["lr"]) for row in here}):
             own = [row for row in here if (row["optimizer"], row["lr"]) == (name, lr)]
             means = [statistics.mean(r for row in own for _, r in row["curve"])]
-            means += [statistics.mean(level(row, end) for row in own) for end in (2 * WINDOW, 3 * WINDOW, place[2])]
+            means += [statistics.mean(level(row, end) for row in own) for end in (2 * WINDOW, 3 * WINDOW, place[3])]
             cells = [*map(str, place), name, f"{lr:g}", str(len(own)), *(f"{mean:.3f}" for mean in means)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -239,6 +244,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the rows go.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds; default: the preset's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of a run; default: the preset's.")] = None,
+    group: Annotated[int | None, typer.Option(help="Completions to each question; default: the preset's.")] = None,
     only: Annotated[
         list[str], typer.Option(help="Only runs of this task, optimizer, tuning, lr or seed; several: of all of them.")
     ] = [],  # noqa: B006 (typer copies it)
@@ -258,8 +264,8 @@ def main(
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     chosen = PRESETS[preset]
-    if steps is not None:
-        chosen = Preset(**{**chosen.__dict__, "steps": steps})
+    given = {"steps": steps, "group": group}
+    chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
     settings = {"model": chosen.model, "steps": chosen.steps, "completions": chosen.prompts * chosen.group}
     runs = [
         {
@@ -281,11 +287,12 @@ def main(
     with Progress(*Progress.get_default_columns(), "{task.fields[note]}", console=Console(stderr=True)) as progress:
         bar = progress.add_task("runs", total=len(runs), note="")
         for run in runs:
-            words = (run["task"], run["tuning"], run["optimizer"], f"{run['lr']:g}", str(run["seed"]))
+            words = [run["task"], run["tuning"], run["optimizer"], f"{run['lr']:g}", str(run["seed"])]
             if not set(only) <= set(words):
                 continue
             if not any(all(row[key] == value for key, value in run.items()) for row in rows):
-                folder = work / "-".join([*words, str(chosen.steps)]).replace("/", "-").replace(" ", "")
+                sizes = [str(chosen.group), str(chosen.steps)]
+                folder = work / "-".join(words + sizes).replace("/", "-").replace(" ", "")
                 rows.append(train(chosen, run, folder, progress) | {"machine": machine()})
                 if json_file is not None:
                     json_file.parent.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,7 @@ RULES = (
     "damp=1",
     "damp=2",
     "slow=1",
+    "spread=1",
     "turn=1",
     "exclude=norm|tokens|positions|head",
     "product=1",
@@ -107,6 +108,7 @@ class Rule(optimizers.Trained):
         warm: the horizon is short at first: N * (1 - b**(warm * drifts seen)).
         doubt: likewise, N * seen / (seen + doubt), as ExtraAdam's.
         damp: a jump is shortened where the newest drift falls short of the estimate along it, by damp * <D, V> / V^2.
+        spread: a jump is taken in `k` parts, one after each step of the next cycle, whose drift leaves them out.
         slow: likewise, where it is shorter than the estimate, by (|D| / |V|)^slow.
         turn: nothing is taken back of a drift that turned against the estimate: the retreat fades to 0 at cos = -low.
         exclude: parameters whose names have one of these never jump.
@@ -120,7 +122,7 @@ class Rule(optimizers.Trained):
         turn: bool = False, moments: str = "keep", lr_units: bool = False, auto: float = 0.0, forget: float = -math.inf,
         trust: float = 0.0, decay: float = 0.0, start: int = 0, end: int = 0, steps: int = 0, skip: int = 0,
         early: float = 0.0, warm: float = 0.0, doubt: float = 1.0, damp: float = 0.0, slow: float = 0.0,
-        exclude: str = "", product: bool = False,
+        spread: bool = False, exclude: str = "", product: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model, optimizer)
         self.scope, self.low, self.gate, self.k, self.n, self.b = scope, low, gate, k, n, b
@@ -130,7 +132,8 @@ class Rule(optimizers.Trained):
         self.skip, self.early, self.warm, self.doubt = skip, early, warm, doubt
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for _, p in named]
-        self.damp, self.slow, self.turn = damp, slow, turn
+        self.damp, self.slow, self.turn, self.spread = damp, slow, turn, spread
+        self.parts: list[tuple[int, torch.Tensor]] = []  # what is left to do after each step
         self.excluded = [bool(exclude) and any(word in name for word in exclude.split("|")) for name, _ in named]
         self.anchors = [p.detach().clone() for p in self.params]
         self.drifts = [torch.zeros_like(p) for p in self.params]
@@ -144,7 +147,11 @@ class Rule(optimizers.Trained):
         self.optimizer.step()
         self.steps += 1
         if self.steps % self.k == 0:
+            self.parts = []
             self._end_cycle(self.steps // self.k - 1 - self.skip)
+        for i, part in self.parts:
+            self.params[i].add_(part)
+            self.anchors[i].add_(part)
 
     def _end_cycle(self, seen: int) -> None:
         if seen < 0:
@@ -196,6 +203,9 @@ class Rule(optimizers.Trained):
                     jump *= min(1.0, self.trust * float(p.norm()) / float(jump.norm()))
                 below = 1 - min(1.0, max(0.0, cosine / floor)) if self.under else 0.0
                 retreat = self.retreat * (min(1.0, max(0.0, 1 + cosine / floor)) if self.turn else 1.0)
+                if self.spread:
+                    self.parts.append((i, jump / self.k))
+                    jump = torch.zeros_like(jump)
                 p.add_(jump - (retreat * (1 - g) + self.under * below) * d)
                 if opened:
                     self._reset(self.optimizer.state[p])
