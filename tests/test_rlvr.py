@@ -27,10 +27,11 @@ def rlvr() -> Iterator[SimpleNamespace]:
         import compare
         import lab
         import optimizers
+        import rare
         import report
         import study
 
-        yield SimpleNamespace(compare=compare, lab=lab, optimizers=optimizers, report=report, study=study)
+        yield SimpleNamespace(compare=compare, lab=lab, optimizers=optimizers, rare=rare, report=report, study=study)
 
 
 @pytest.fixture(autouse=True)
@@ -170,3 +171,29 @@ def test_the_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -
     table = report.README.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
     cells = report.read(FOLDER.parent / "results" / "rlvr.json")
     assert table.strip() == report.summary(cells)
+
+
+def test_rare_answers_are_the_negative_ones_and_only_they_lose_their_sign(rlvr: SimpleNamespace) -> None:
+    lab, rare = rlvr.lab, rlvr.rare
+    task = rare.task(0)
+    text = lambda row: "".join(lab.ALPHABET[c] for c in row if c > lab.END)  # noqa: E731
+    questions, answers = map(text, task.prompts), [text(row).replace("m", "-") for row in task.answers]
+    assert all(int(a) == eval(q.rstrip("=").replace("m", "-")) for q, a in zip(questions, answers))
+    negative = task.answers[:, 0] == rare.MINUS
+    assert 0.2 < float(negative.float().mean()) < 0.25
+    seen = rare.unsigned(task.answers, torch.Generator().manual_seed(0))
+    assert torch.equal(seen[~negative], task.answers[~negative])
+    lost = (seen != task.answers).any(1)
+    assert float(lost[negative].float().mean()) == pytest.approx(rare.UNSIGNED, abs=0.05)
+    assert all(text(row) == answers[i].lstrip("-") for i, row in enumerate(seen) if lost[i])
+
+
+def test_accuracy_on_rare_answers_is_that_on_held_out_negative_ones(rlvr: SimpleNamespace) -> None:
+    task = rlvr.rare.task(0)
+    policy = rlvr.rare.pretrain(task, 0, steps=40)
+    every, rare = rlvr.rare.accuracies(policy, task)
+    assert every == pytest.approx(policy.accuracy(task), rel=1e-5)
+    prompts, answers = task.prompts[-task.held_out :], task.answers[-task.held_out :]
+    negative = answers[:, 0] == rlvr.rare.MINUS
+    task.prompts, task.answers, task.held_out = prompts[negative], answers[negative], int(negative.sum())
+    assert rare == pytest.approx(policy.accuracy(task), rel=1e-5)
