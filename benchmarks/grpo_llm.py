@@ -7,7 +7,9 @@
 
 The trainer is TRL's own. Each run is written to FILE when it ends and is not repeated; one that was cut off resumes
 from its last checkpoint. A run's curve is the mean reward of each step's completions, sampled before the step; its
-entropy is that of the policy over them, in nats for each token.
+entropy is that of the policy over them, in nats for each token. On sums its `minus` is how likely the policy begins the
+answer to a question with a minus sign where the answer is negative: the mean over 48 questions, before training and
+after each 5 steps.
 """
 
 from __future__ import annotations
@@ -51,11 +53,12 @@ PAPER = {"extra_every": 20, "extra_steps": 100, "extra_beta": 0.0, "extra_gate":
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {}),
     "ExtraAdam": (ExtraAdam, {}),
+    "ExtraAdam told nothing": (ExtraAdam, {}),
     "ExtraAdam (5,25)": (ExtraAdam, {"extra_every": 5, "extra_steps": 25}),
     "ExtraAdam (start 61)": (ExtraAdam, {"extra_start": 61}),
     "RL-Extra (20,100)": (ExtraAdam, PAPER),
 }
-COLOURS = dict(zip(OPTIMIZERS, ("#64748b", "#0072b2", "#009e73", "#cc79a7", "#d55e00")))
+COLOURS = dict(zip(OPTIMIZERS, ("#64748b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")))
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few
 
 
@@ -118,6 +121,29 @@ class Clock(TrainerCallback):
             self.progress.update(self.bar, completed=state.global_step, note=f"reward {logs['reward']:.2f}")
 
 
+class Minus(TrainerCallback):
+    """How likely each negative answer of some sums begins with its sign."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        made = reasoning_gym.create_dataset("chain_sum", size=2000, seed=77, **ONE_DIGIT)
+        questions = [entry["question"] for entry in made if entry["answer"].startswith("-")][:48]
+        self.inputs = tokenizer(questions, return_tensors="pt", padding=True, padding_side="left")
+        self.signs = [tokenizer.encode(sign, add_special_tokens=False)[0] for sign in ("-", " -")]
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == 0:
+            self.on_step_end(args, state, control, model)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step % 5:
+            return
+        training = model.training
+        chances = model.eval()(**self.inputs.to(model.device)).logits[:, -1].float().softmax(-1)[:, self.signs].sum(1)
+        model.train(training)
+        state.log_history.append({"step": state.global_step, "minus": float(f"{chances.mean():.2e}")})  # outlives a cut
+
+
 def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -164,20 +190,24 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
     bar = progress.add_task(
         f"{run['task']} {run['tuning']} {run['optimizer']} {run['lr']:g}", total=preset.steps, note=""
     )
-    callbacks: list[TrainerCallback] = [Clock(progress, bar)] + [ExtraCallback()] * (kind is ExtraAdam)
+    callbacks: list[TrainerCallback] = [Clock(progress, bar)]
+    if kind is ExtraAdam:
+        callbacks.append(ExtraCallback("auto" if run["optimizer"] == "ExtraAdam" else None))
+    tokenizer = AutoTokenizer.from_pretrained(path)
     trainer = GRPOTrainer(
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
         reward_funcs=reward,
         args=config,
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(path),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM") if run["tuning"] == "LoRA" else None,
-        callbacks=callbacks,
+        callbacks=callbacks + [Minus(tokenizer)] * (preset.tasks[run["task"]][0] == ONE_DIGIT),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.optimizer_cls_and_kwargs = (kind, {"lr": run["lr"], "fused": True, **knobs})
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
     logs = [log for log in trainer.state.log_history if "reward" in log]
+    minus = [[log["step"], log["minus"]] for log in trainer.state.log_history if "minus" in log]
     jumps = [[log["step"], log["extra/coherence"], log["extra/gate"]] for log in logs if "extra/gate" in log]
     shutil.rmtree(folder)
     progress.remove_task(bar)
@@ -186,6 +216,8 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
         "curve": [[log["step"], round(log["reward"], 4)] for log in logs],
         "entropy": [round(log["entropy"], 4) for log in logs],
         "jumps": [[step, round(cosine, 3), round(gate, 3)] for step, cosine, gate in jumps],
+        "taken_back": [log["step"] for log in logs if log.get("extra/taken_back")],
+        **({"minus": minus} if minus else {}),
         "seconds": round(sum(log["seconds"] for log in logs), 1),
     }
 
@@ -198,27 +230,34 @@ def level(row: dict[str, Any], end: int) -> float:
 def report(rows: list[dict[str, Any]], path: Path) -> str:
     """A table, and a picture at `path`."""
     where = lambda row: (row["task"], row["tuning"], *(row["settings"][k] for k in ("completions", "steps")))  # noqa: E731
+    has = lambda row, what: what == "reward" or what in row  # noqa: E731
+    last = lambda pair: pair[1]  # noqa: E731
     places = sorted(set(map(where, rows)))
-    panels = [(place, "reward") for place in places]
-    panels += [(p, "entropy") for p in places if any("entropy" in row for row in rows if where(row) == p)]
+    units = {"reward": "", "entropy": " (nats a token)", "minus": " (probability before negative answers)"}
+    panels = [(p, what) for what in units for p in places if any(has(row, what) for row in rows if where(row) == p)]
     height = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(11, 3.6 * height), dpi=110, layout="constrained")
     every = iter(figure.subplots(height, 2, squeeze=False).flat)
     for (place, what), axes in zip(panels, every):
-        here = [row for row in rows if where(row) == place and (what == "reward" or what in row)]
+        here = [row for row in rows if where(row) == place and has(row, what)]
         for name, lr in sorted({(row["optimizer"], row["lr"]) for row in here}):
             own = [row for row in here if (row["optimizer"], row["lr"]) == (name, lr)]
-            curves = [row[what] if what in row else [reward for _, reward in row["curve"]] for row in own]
-            steps = range(WINDOW, place[3] + 1)
-            curve = [statistics.mean(statistics.mean(c[s - WINDOW : s]) for c in curves) for s in steps]
+            if what == "minus":
+                steps = [step for step, _ in own[0]["minus"]]
+                curve = list(map(statistics.geometric_mean, zip(*(map(last, row["minus"]) for row in own))))
+            else:
+                curves = [row[what] if what in row else list(map(last, row["curve"])) for row in own]
+                steps = list(range(WINDOW, place[3] + 1))
+                curve = [statistics.mean(statistics.mean(c[s - WINDOW : s]) for c in curves) for s in steps]
             dashed = lr != min(row["lr"] for row in here)
             label = f"{name}, lr {lr:g} ({len(own)} seed{'s' * (len(own) > 1)})"
             axes.plot(steps, curve, color=COLOURS[name], ls="--" if dashed else "-", label=label)
-        unit = " (nats a token)" if what == "entropy" else ""
+        smooth = "" if what == "minus" else f", mean of {WINDOW} steps"
         axes.set(
             title="{}, {}, {} completions a step".format(*place),
             xlabel="optimizer step",
-            ylabel=f"{what}{unit}, mean of {WINDOW} steps",
+            ylabel=f"{what}{units[what]}{smooth}",
+            yscale="log" if what == "minus" else "linear",
         )
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -281,18 +320,19 @@ def main(
         for tuning, lrs in chosen.lrs.items()
         for task in chosen.tasks
         for name in OPTIMIZERS
-        for lr in (lrs if name in ("AdamW", "ExtraAdam") else lrs[:1])
+        for lr in (lrs if name in ("AdamW", "ExtraAdam", "ExtraAdam told nothing") else lrs[:1])
     ]
+    wanted = {(run["task"], run["tuning"], run["optimizer"], f"{run['lr']:g}", str(run["seed"])): run for run in runs}
+    wanted = {words: run for words, run in wanted.items() if set(only) <= set(words)}
+    if not wanted:
+        raise typer.BadParameter(f"no run has all of {', '.join(only)}", param_hint="--only")
     rows = json.loads(json_file.read_text()) if json_file and json_file.exists() else []
     with Progress(*Progress.get_default_columns(), "{task.fields[note]}", console=Console(stderr=True)) as progress:
-        bar = progress.add_task("runs", total=len(runs), note="")
-        for run in runs:
-            words = [run["task"], run["tuning"], run["optimizer"], f"{run['lr']:g}", str(run["seed"])]
-            if not set(only) <= set(words):
-                continue
+        bar = progress.add_task("runs", total=len(wanted), note="")
+        for words, run in wanted.items():
             if not any(all(row[key] == value for key, value in run.items()) for row in rows):
                 sizes = [str(chosen.group), str(chosen.steps)]
-                folder = work / "-".join(words + sizes).replace("/", "-").replace(" ", "")
+                folder = work / "-".join([*words, *sizes]).replace("/", "-").replace(" ", "")
                 rows.append(train(chosen, run, folder, progress) | {"machine": machine()})
                 if json_file is not None:
                     json_file.parent.mkdir(parents=True, exist_ok=True)

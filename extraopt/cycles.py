@@ -170,9 +170,11 @@ class Cycles:
         """Tell how good the model is now, so that a jump that made it worse can be taken back.
 
         Call it as often as there is news: with an evaluation's score, or, before ``step``, with the mean reward of the
-        batch that the step is about to learn from. Where the mean since the last jump lies below that of the cycle
-        before it by more than 4 standard errors (of at least 3 values each), the weights move back by the jump, the
-        steps since are kept, and the horizon is halved; it recovers by a tenth with each cycle that goes well.
+        batch that the step is about to learn from, or the entropy of the policy that sampled it, which tells sooner: a
+        policy that is too sure no longer samples what it has yet to learn. Where the mean since the last jump lies
+        below that of the cycle before it by more than 3 standard errors (of at least 3 values each), the weights move
+        back by the jump, the steps since are kept, and the horizon is halved; it recovers by a tenth with each cycle
+        that goes well.
 
         Args:
             metric (float): higher is better. Under ``torch.distributed`` every rank has to call, and the mean over

@@ -14,7 +14,7 @@ Window = tuple[float, float, float]
 
 EMPTY: Window = (0.0, 0.0, 0.0)
 FEWEST = 3  # values on either side of a jump without which nothing is said
-SIGNIFICANT = 4.0  # standard errors; with 5 values on either side about one verdict in 500 is wrong
+SIGNIFICANT = 3.0  # standard errors; of pure noise, 10 values in a cycle, they take one jump in 67 back
 SHRINK, GROW = 0.5, 1.1  # the horizon after a jump that was taken back, and for each cycle that was not
 
 

@@ -322,7 +322,7 @@ def test_a_jump_falls_between_two_steps_on_one_batch_of_completions(
     asked = options.get("knobs", GATED)["extra_every"]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="ExtraCallback")
-        run = Grpo(tmp_path, max_steps=2 * every + 1, **options)
+        run = Grpo(tmp_path, max_steps=2 * every + 1, metric=None, **options)
     assert {group["extra_every"] for group in trained_groups(run.trainer)} == {every}
     assert list(run.ends.reports) == [every, 2 * every]
     assert set(run.ends.reports) <= set(run.generated), "the next completions are of the weights after the jump"
@@ -399,6 +399,30 @@ def test_values_from_before_a_jump_are_reported_after_it(tmp_path: Path, monkeyp
     rewards = {log["step"]: log["reward"] for log in run.logs if "reward" in log}
     assert list(rewards) == [2, 4, 6, 8, 9]
     assert reported[1:] == [rewards[2], rewards[4], rewards[8]] and reported[0] != reported[0]
+
+
+@pytest.mark.parametrize("rloo", [False, True], ids=["GRPO", "RLOO"])
+def test_nobody_looks_at_the_entropy_of_a_policy(rloo: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default; lower is worse, whatever `greater_is_better` says of a metric that the user names."""
+    reported: list[float] = []
+    monkeypatch.setattr(ExtraAdam, "report", lambda self, value: bool(reported.append(value)))
+    run = Grpo(tmp_path, rloo=rloo, beta=0.0, knobs=STRAIGHT, greater_is_better=False)
+    entropy = [log["entropy"] for log in run.logs if "reward" in log]
+    assert run.ends.reports[5] and reported[1:] == entropy[:4] + entropy[5:] and reported[0] != reported[0]
+    assert [log["extra/taken_back"] for log in run.logs if "reward" in log] == [0] * 9
+
+
+def test_a_run_that_cannot_or_shall_not_go_back_by_its_entropy_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paper's rule, metric=None, and a Trainer that samples nothing."""
+    monkeypatch.setattr(ExtraAdam, "report", lambda self, value: pytest.fail("reported"))
+    runs = [Grpo(tmp_path / "paper", max_steps=6, knobs=PAPER), Grpo(tmp_path / "none", max_steps=6, metric=None)]
+    trainer = Trainer(llama(), arguments(tmp_path), train_dataset=rows())
+    use_extra_adam(trainer, **GATED)
+    trainer.train()
+    for logs in (runs[0].logs, runs[1].logs, trainer.state.log_history):
+        assert any("extra/gate" in log for log in logs) and not any("extra/taken_back" in log for log in logs)
 
 
 def test_a_reward_that_collapses_after_a_jump_is_not_noticed(tmp_path: Path) -> None:
@@ -480,8 +504,9 @@ def test_an_evaluation_right_after_the_jump_is_left_out(tmp_path: Path) -> None:
     [
         ({"logging_steps": 5}, "reward", "0 values of 'reward' counted in the cycle that ended after step 5"),
         ({}, "rewards", r"0 values of 'rewards' counted.*Keys logged so far: .*'reward'"),
+        ({"logging_steps": 5}, "auto", "0 values of 'entropy' counted in the cycle that ended after step 10"),
     ],
-    ids=["seldom", "misspelt"],
+    ids=["seldom", "misspelt", "seldom, by default"],
 )
 def test_a_metric_that_can_never_tell_is_taken_without_a_word(
     options: dict[str, int], metric: str, text: str, tmp_path: Path

@@ -120,6 +120,19 @@ def test_the_rule_of_the_study_is_extra_adam_where_nothing_is_switched(rlvr: Sim
     assert float((ends[0] - ends[1]).norm()) < 0.02 * float((ends[0] - started).norm())
 
 
+def test_the_study_tells_a_reward_in_place_of_the_entropy(rlvr: SimpleNamespace, small) -> None:
+    task, policy = small
+    grpo = rlvr.lab.ALGORITHMS["GRPO"]
+    both = rlvr.lab.generate, rlvr.study.entropic
+    rollouts, told = (generate(policy, task, grpo, 64, torch.Generator().manual_seed(0)) for generate in both)
+    assert torch.equal(rollouts.answers, told.answers) and 0 <= rollouts.reward <= 1
+    counted = [-float(logp) for logp, counts in zip(told.logp.flatten(), told.counts.flatten()) if counts]
+    assert told.reward == pytest.approx(sum(counted) / len(counted), rel=1e-4) and told.reward > 0.1
+    trained = rlvr.study.build(rlvr.study.TOLD, copy.deepcopy(policy), 1e-3)
+    trained.tell(told.reward)
+    assert trained.optimizer.param_groups[0]["extra_reports"][3:5] == pytest.approx((1, told.reward))
+
+
 def test_the_grid_is_run_once_each_and_learning_rates_reach_past_the_best(rlvr: SimpleNamespace) -> None:
     runs = rlvr.compare.runs(rlvr.compare.CELLS, rlvr.compare.SEEDS)
     assert len({rlvr.compare._key(*run) for run in runs}) == len(runs)

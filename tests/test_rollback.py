@@ -94,7 +94,7 @@ def test_a_metric_that_is_only_noisy_takes_hardly_any_jump_back() -> None:
         for _ in range(5 * 400):
             taken += optimizer.report(noise.gauss(0.5, 0.1))
             step(params, optimizer)
-    assert taken <= 4, "of 400 jumps that made nothing worse"
+    assert taken <= 14, "of 400 jumps that made nothing worse, where 7 are expected"
 
 
 def test_a_better_metric_takes_nothing_back() -> None:

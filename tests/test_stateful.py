@@ -244,7 +244,7 @@ class Model:
             return False
         before, after = statistics.fmean(self.before), statistics.fmean(self.after)
         spread = sum((x - before) ** 2 for x in self.before) + sum((x - after) ** 2 for x in self.after)
-        return after < before - 4 * math.sqrt(spread / (n + m - 2) * (1 / n + 1 / m))
+        return after < before - 3 * math.sqrt(spread / (n + m - 2) * (1 / n + 1 / m))
 
 
 @contextmanager

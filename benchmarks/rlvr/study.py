@@ -3,8 +3,8 @@
     python benchmarks/rlvr/study.py --json benchmarks/results/rlvr-study.json     # what is missing, then a table
     python benchmarks/rlvr/study.py --json FILE --rules default "n=100 b=.9" --places 64@3e-4 --seeds 0
 
-A rule is named by what differs from the default, in the words of `Rule`. What helped is in ExtraAdam; what did not is
-found here only.
+A rule is named by what differs from the default, in the words of `Rule`; "told=entropy" is ExtraAdam whose jumps are
+taken back where the entropy of the policy falls. What helped is in ExtraAdam; what did not is found here only.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import math
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import compare
+import lab
 import optimizers
 import report
 import torch
@@ -29,6 +32,8 @@ from torch import nn
 
 from extraopt.gate import momentum_coherence
 
+TOLD = "told=entropy"
+lab_generate = lab.generate
 FULL = Cell("addition", "GRPO", 512, "full", 240, (), (), ())
 NOISY = Cell("addition", "GRPO", 64, "full", 400, (), (), ())
 LORA = Cell("addition", "GRPO", 512, "LoRA", 160, (), (), ())
@@ -80,6 +85,7 @@ RULES = (
     "turn=1",
     "exclude=norm|tokens|positions|head",
     "product=1",
+    TOLD,
 )
 
 
@@ -243,6 +249,8 @@ def build(name: str, model: nn.Module, lr: float, steps: int = 0) -> optimizers.
     """`Rule` with the switches that `name` lists, or an optimizer of the comparison, for a run of `steps` steps."""
     if name in ("AdamW", "ExtraAdam"):
         return optimizers.build(name, model, lr)
+    if name == TOLD:
+        return optimizers.build("ExtraAdam, told the reward", model, lr)  # but `one` puts the entropy in its place
     knobs: dict[str, Any] = {}
     kinds = dict.fromkeys(("k", "start", "end", "skip"), int) | dict.fromkeys(("scope", "moments", "exclude"), str)
     for word in name.split() if name != "default" else ():
@@ -252,9 +260,16 @@ def build(name: str, model: nn.Module, lr: float, steps: int = 0) -> optimizers.
     return Rule(model, torch.optim.AdamW(params, lr, **optimizers.ADAMW), steps=steps, **knobs)
 
 
+def entropic(*args: Any) -> lab.Rollouts:
+    """`lab.generate` whose reward is the policy's entropy over the answers, in nats for each token."""
+    rollouts = lab_generate(*args)
+    return replace(rollouts, reward=-float((rollouts.logp * rollouts.counts).sum() / rollouts.counts.sum()))
+
+
 def one(place: str, rule: str, seed: int) -> dict[str, Any]:
     cell, lr, schedule = PLACES[place]
-    row = compare.run(cell, rule, lr, seed, partial(build, steps=cell.steps), schedule)
+    with mock.patch.object(lab, "generate", entropic if rule == TOLD else lab_generate):
+        row = compare.run(cell, rule, lr, seed, partial(build, steps=cell.steps), schedule)
     return {"place": place, "rule": rule, "seed": seed} | {key: row[key] for key in ("curve", "collapsed")}
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..adam import ExtraAdam
 from ..cycle import JumpReport
-from ..cycles import Cycles
+from ..cycles import Cycles, group_keeps_drift
 from ..rollback import FEWEST
 
 logger = logging.getLogger(__name__)
@@ -37,14 +37,16 @@ class ExtraCallback(TrainerCallback):
       raised to the next multiple of these steps; a log line says so. A resumed run keeps its cycles.
     - **Starts a cycle** when a run begins that resumes nothing: ``load_best_model_at_end`` of the run before may have
       written other weights.
-    - **Takes back** a jump after which the metric is worse, by :meth:`extraopt.ExtraAdam.report`, if asked to.
+    - **Takes back** a jump after which the metric is worse, by :meth:`extraopt.ExtraAdam.report`.
 
     Args:
         metric (str, optional): key of the Trainer's logs that tells how good the model is, as ``"reward"`` or
-            ``"eval_loss"``; None takes nothing back (default: None). The Trainer logs a step when it is done and an
-            average over the steps since the last log, so a value counts only where no cycle ended in these; what an
-            evaluation measured (``eval_...``) counts at once. A verdict takes 3 values in each of two cycles: log
-            every step.
+            ``"eval_loss"``; None takes nothing back. ``"auto"`` is the policy's ``"entropy"`` in GRPO and RLOO, whose
+            jumps may else make a policy so sure that it no longer samples what it has yet to learn, and None in other
+            Trainers and for a rule that keeps no estimate (default: ``"auto"``). The Trainer logs a step when it is
+            done and an average over the steps since the last log, so a value counts only where no cycle ended in
+            these; what an evaluation measured (``eval_...``) counts at once. A verdict takes 3 values in each of two
+            cycles: log every step.
         greater_is_better (bool, optional): False where a lower metric is better, as of losses (default: True)
 
     Raises:
@@ -57,12 +59,12 @@ class ExtraCallback(TrainerCallback):
 
     Example::
 
-        >>> trainer = GRPOTrainer(..., args=GRPOConfig(..., logging_steps=1))
-        >>> use_extra_adam(trainer, metric="reward")
+        >>> trainer = GRPOTrainer(..., args=GRPOConfig(..., logging_steps=1))  # takes back what costs entropy
+        >>> use_extra_adam(trainer)
         >>> trainer.train()
     """
 
-    def __init__(self, metric: str | None = None, *, greater_is_better: bool = True) -> None:
+    def __init__(self, metric: str | None = "auto", *, greater_is_better: bool = True) -> None:
         self.metric = metric
         self.greater_is_better = greater_is_better
         self._optimizer: Cycles | None = None  # only during training
@@ -78,7 +80,11 @@ class ExtraCallback(TrainerCallback):
         self._values = 0  # of the metric, in this cycle
         self._warned: set[str] = set()
         self._taken_back = 0  # jumps since the last log
-        if self.metric is not None:
+        self._metric = self.metric
+        if self.metric == "auto":
+            samples = hasattr(args, "num_generations") and all(map(group_keeps_drift, optimizer.param_groups))
+            self._metric = "entropy" if samples else None
+        if self._metric is not None:
             optimizer.report(math.nan)  # counts for nothing, but raises now what it would raise at the first log
         self._generation = _steps_per_generation(args)
         if state.global_step == 0:
@@ -146,6 +152,7 @@ class ExtraCallback(TrainerCallback):
         if self._last is None:  # a state was loaded in mid-run
             return
         self._reports.append(self._last)
+        whole = self._ended > self._begun or self._begun == 0  # not cut by a resumption
         self._ended = step
         if (step - self._begun) % self._generation:  # a Trainer that resumes generates anew
             self._warn(
@@ -154,26 +161,29 @@ class ExtraCallback(TrainerCallback):
                 f"{self._generation} optimizer steps: let extra_every be a multiple of it, and resume from a "
                 "checkpoint at its end.",
             )
-        if self.metric is not None and self._values < FEWEST:
+        if self._metric is not None and self._values < FEWEST and whole:
             known = sorted({key for log in state.log_history for key in log})
-            self._warn(
-                "metric",
-                f"{self._values} values of {self.metric!r} counted in the cycle that ended after step {step}, and no "
-                f"jump is taken back by fewer than {FEWEST}. Set logging_steps=1 (a log over several steps does not "
-                f"count where a cycle ended in them), or a larger extra_every. Keys logged so far: {known}.",
-            )
+            if self.metric != "auto" or self._metric in known:
+                self._warn(
+                    "metric",
+                    f"{self._values} values of {self._metric!r} counted in the cycle that ended after step {step}, and "
+                    f"no jump is taken back by fewer than {FEWEST}. Set logging_steps=1 (a log over several steps does "
+                    "not count where a cycle ended in them), or a larger extra_every; metric=None takes nothing back."
+                    + f" Keys logged so far: {known}."
+                    * (self.metric != "auto"),
+                )
         self._values = 0
 
     def _judge(self, optimizer: Cycles, logs: dict[str, Any]) -> None:
         """Report the metric, if `logs` have it and it is of weights since the last end of a cycle."""
-        if self.metric is None or self.metric not in logs or "train_runtime" in logs:  # the averages of all training
+        if self._metric is None or self._metric not in logs or "train_runtime" in logs:  # the averages of all training
             return
-        if not self.metric.startswith("eval_") and self._ended > self._logged:
+        if not self._metric.startswith("eval_") and self._ended > self._logged:
             return
-        value = math.nan if logs[self.metric] is None else float(logs[self.metric])
+        value = math.nan if logs[self._metric] is None else float(logs[self._metric])
         self._values += math.isfinite(value)
         # on every rank: the Trainer logs on all of them, and report() takes the mean
-        self._taken_back += optimizer.report(value if self.greater_is_better else -value)
+        self._taken_back += optimizer.report(value if self.greater_is_better or self.metric == "auto" else -value)
 
     def _news(self) -> dict[str, float]:
         """What happened since the last log."""
@@ -183,7 +193,7 @@ class ExtraCallback(TrainerCallback):
             means = {name: fmean(getattr(r, name) for r in reports) for name in ("gate", "coherence", "drift_norm")}
             sums = {name: sum(getattr(r, name) for r in reports) for name in ("jumped", "refused")}
             news = {f"extra/{name}": value for name, value in (means | sums).items()}
-        if self.metric is not None:
+        if self._metric is not None:
             news["extra/taken_back"], self._taken_back = self._taken_back, 0
         return news
 
@@ -194,7 +204,7 @@ class ExtraCallback(TrainerCallback):
 
 
 def use_extra_adam(
-    trainer: Trainer, *, metric: str | None = None, greater_is_better: bool = True, **options: Any
+    trainer: Trainer, *, metric: str | None = "auto", greater_is_better: bool = True, **options: Any
 ) -> ExtraCallback:
     """Let a Trainer that was built without it train by ExtraAdam, and watch it.
 
@@ -204,7 +214,7 @@ def use_extra_adam(
 
     Args:
         trainer (Trainer): built, but not trained yet.
-        metric (str, optional): as for :class:`ExtraCallback` (default: None)
+        metric (str, optional): as for :class:`ExtraCallback` (default: ``"auto"``)
         greater_is_better (bool, optional): as for :class:`ExtraCallback` (default: True)
         **options: keyword arguments of :class:`~extraopt.ExtraAdam`, the ``extra_*`` knobs or others.
 
