@@ -227,55 +227,68 @@ def level(row: dict[str, Any], end: int) -> float:
     return statistics.mean(reward for step, reward in row["curve"] if end - WINDOW < step <= end)
 
 
-def report(rows: list[dict[str, Any]], path: Path) -> str:
-    """A table, and a picture at `path`."""
-    where = lambda row: (row["task"], row["tuning"], *(row["settings"][k] for k in ("completions", "steps")))  # noqa: E731
-    has = lambda row, what: what == "reward" or what in row  # noqa: E731
-    last = lambda pair: pair[1]  # noqa: E731
-    places = sorted(set(map(where, rows)))
-    units = {"reward": "", "entropy": " (nats a token)", "minus": " (probability before negative answers)"}
-    panels = [(p, what) for what in units for p in places if any(has(row, what) for row in rows if where(row) == p)]
+def where(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["task"], row["tuning"], row["settings"]["completions"]
+
+
+def values(row: dict[str, Any], what: str) -> list[list[float]]:
+    """[[step, value], ...] of a row's reward, entropy or minus; of the first two, means of `WINDOW` steps."""
+    if what == "minus":
+        return row.get(what, [])
+    each = [reward for _, reward in row["curve"]] if what == "reward" else row.get(what, [])
+    return [[s, statistics.mean(each[s - WINDOW : s])] for s in range(WINDOW, len(each) + 1)]
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Reward, entropy and minus by step, each in panels by place: means over seeds of each optimizer's longest runs."""
+    labels = {
+        "reward": f"reward, mean of {WINDOW} steps",
+        "entropy": f"entropy (nats a token), mean of {WINDOW} steps",
+        "minus": "probability of a minus sign\nbefore negative answers",
+    }
+    every_place = sorted(set(map(where, rows)))
+    panels = [(p, w) for w in labels for p in every_place if any(values(row, w) for row in rows if where(row) == p)]
     height = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(11, 3.6 * height), dpi=110, layout="constrained")
     every = iter(figure.subplots(height, 2, squeeze=False).flat)
     for (place, what), axes in zip(panels, every):
-        here = [row for row in rows if where(row) == place and has(row, what)]
+        here = [row for row in rows if where(row) == place and values(row, what)]
         for name, lr in sorted({(row["optimizer"], row["lr"]) for row in here}):
             own = [row for row in here if (row["optimizer"], row["lr"]) == (name, lr)]
-            if what == "minus":
-                steps = [step for step, _ in own[0]["minus"]]
-                curve = list(map(statistics.geometric_mean, zip(*(map(last, row["minus"]) for row in own))))
-            else:
-                curves = [row[what] if what in row else list(map(last, row["curve"])) for row in own]
-                steps = list(range(WINDOW, place[3] + 1))
-                curve = [statistics.mean(statistics.mean(c[s - WINDOW : s]) for c in curves) for s in steps]
+            longest = max(row["settings"]["steps"] for row in own)
+            curves = [values(row, what) for row in own if row["settings"]["steps"] == longest]
+            mean = statistics.geometric_mean if what == "minus" else statistics.mean
+            points = [(points[0][0], mean(value for _, value in points)) for points in zip(*curves)]
             dashed = lr != min(row["lr"] for row in here)
-            label = f"{name}, lr {lr:g} ({len(own)} seed{'s' * (len(own) > 1)})"
-            axes.plot(steps, curve, color=COLOURS[name], ls="--" if dashed else "-", label=label)
-        smooth = "" if what == "minus" else f", mean of {WINDOW} steps"
-        axes.set(
-            title="{}, {}, {} completions a step".format(*place),
-            xlabel="optimizer step",
-            ylabel=f"{what}{units[what]}{smooth}",
-            yscale="log" if what == "minus" else "linear",
-        )
+            label = f"{name}, lr {lr:g} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+            axes.plot(*zip(*points), color=COLOURS[name], ls="--" if dashed else "-", label=label)
+        axes.set(title="{}, {}, {} completions a step".format(*place), xlabel="optimizer step", ylabel=labels[what])
+        axes.set_yscale("log" if what == "minus" else "linear")
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in every:
         axes.set_axis_off()
     figure.savefig(path)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
     columns = ["task", "tuning", "completions", "steps", "optimizer", "lr", "seeds", "mean reward"]
     columns += [f"steps {end - WINDOW + 1}-{end}" for end in (2 * WINDOW, 3 * WINDOW)] + [f"last {WINDOW}"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    for place in places:
-        here = [row for row in rows if where(row) == place]
-        for name, lr in sorted({(row["optimizer"], row["lr"]) for row in here}):
-            own = [row for row in here if (row["optimizer"], row["lr"]) == (name, lr)]
-            means = [statistics.mean(r for row in own for _, r in row["curve"])]
-            means += [statistics.mean(level(row, end) for row in own) for end in (2 * WINDOW, 3 * WINDOW, place[3])]
-            cells = [*map(str, place), name, f"{lr:g}", str(len(own)), *(f"{mean:.3f}" for mean in means)]
-            lines.append(f"| {' | '.join(cells)} |")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((*where(row), row["settings"]["steps"], row["optimizer"], row["lr"]), []).append(row)
+    for (*place, steps, name, lr), own in sorted(groups.items()):
+        means = [statistics.mean(r for row in own for _, r in row["curve"])]
+        means += [statistics.mean(level(row, end) for row in own) for end in (2 * WINDOW, 3 * WINDOW, steps)]
+        cells = [*map(str, place), str(steps), name, f"{lr:g}", str(len(own)), *(f"{mean:.3f}" for mean in means)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def report(rows: list[dict[str, Any]], path: Path) -> None:
+    picture(rows, path)
+    print(table(rows))
 
 
 def main(
@@ -294,7 +307,7 @@ def main(
 ) -> None:
     """Train a language model by GRPO with each optimizer, and compare rewards."""
     if report_file is not None:
-        print(report(json.loads(report_file.read_text()), report_file.with_suffix(".png")))
+        report(json.loads(report_file.read_text()), report_file.with_suffix(".png"))
         return
     if preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}")
@@ -339,7 +352,7 @@ def main(
                     json_file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
             progress.advance(bar)
     if json_file is not None:
-        print(report(rows, json_file.with_suffix(".png")))
+        report(rows, json_file.with_suffix(".png"))
 
 
 if __name__ == "__main__":
