@@ -425,6 +425,24 @@ def test_a_run_that_cannot_or_shall_not_go_back_by_its_entropy_does(
         assert any("extra/gate" in log for log in logs) and not any("extra/taken_back" in log for log in logs)
 
 
+def test_a_trainer_that_logs_no_entropy_is_taken_for_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As TRL's with Liger's loss."""
+    trl = pytest.importorskip("trl")
+    log = trl.GRPOTrainer.log
+
+    def log_without(self: Any, *args: Any) -> None:
+        self._metrics["train"].pop("entropy", None)
+        log(self, *args)
+
+    monkeypatch.setattr(trl.GRPOTrainer, "log", log_without)
+    text = (
+        r"0 values of 'entropy' counted in the cycle that ended after step 5.*metric=None.*Keys logged so far: .*'loss'"
+    )
+    with pytest.warns(RuntimeWarning, match=text):
+        run = Grpo(tmp_path, max_steps=11, knobs=STRAIGHT)
+    assert run.taken_back() == [] and not any("entropy" in log for log in run.logs)
+
+
 def test_a_reward_that_collapses_after_a_jump_is_not_noticed(tmp_path: Path) -> None:
     def collapse(step: int, jumped: bool) -> float:
         return 0.0 if jumped else 1.0

@@ -163,14 +163,14 @@ class ExtraCallback(TrainerCallback):
             )
         if self._metric is not None and self._values < FEWEST and whole:
             known = sorted({key for log in state.log_history for key in log})
-            if self.metric != "auto" or self._metric in known:
+            if known or self.metric != "auto":  # else the Trainer has not logged yet
                 self._warn(
                     "metric",
                     f"{self._values} values of {self._metric!r} counted in the cycle that ended after step {step}, and "
                     f"no jump is taken back by fewer than {FEWEST}. Set logging_steps=1 (a log over several steps does "
                     "not count where a cycle ended in them), or a larger extra_every; metric=None takes nothing back."
                     + f" Keys logged so far: {known}."
-                    * (self.metric != "auto"),
+                    * (self._metric not in known),
                 )
         self._values = 0
 
