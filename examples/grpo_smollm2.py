@@ -3,8 +3,8 @@
     python examples/grpo_smollm2.py
     python examples/grpo_smollm2.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset openai/gsm8k --steps 100
 
-The trainer is TRL's own GRPOTrainer with a PEFT LoRA adapter. The runs differ in the optimizer's name and its extra_*
-knobs, nothing else. Without options SmolLM2-135M-Instruct learns to add and subtract: 8 minutes on 2 idle CPU cores,
+The trainer is TRL's own GRPOTrainer with a PEFT LoRA adapter. The runs differ in one call, use_extra_adam(), nothing
+else. Without options SmolLM2-135M-Instruct learns to add and subtract: 8 minutes on 2 idle CPU cores,
 no network.
 """
 
@@ -37,7 +37,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from extraopt import ExtraAdam
+from extraopt.integrations.transformers import use_extra_adam
 
 BUNDLED = "SmolLM2-135M-Instruct"
 # The demo's task. Easy enough for so small a model to be right at times: GRPO learns from differences within a group.
@@ -131,8 +131,8 @@ class Watch(TrainerCallback):
 
 
 def train(
-    name: str, optimizer: tuple[type, dict[str, Any]], config: GRPOConfig, model: str, rows: list[dict[str, Any]],
-    score: Score, progress: Progress,
+    name: str, extra: dict[str, Any] | None, config: GRPOConfig, model: str, rows: list[dict[str, Any]], score: Score,
+    progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     run: dict[str, Any] = {"rewards": [], "cycles": [], "samples": []}
 
@@ -154,9 +154,11 @@ def train(
         callbacks=[Watch(run, progress, name, config.max_steps)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.optimizer_cls_and_kwargs = optimizer  # no argument of GRPOTrainer, but read when training starts
+    if extra is not None:  # else the Trainer's own choice, AdamW
+        use_extra_adam(trainer, **extra)
     start = time.perf_counter()
     trainer.train()
+    run["taken_back"] = [log["step"] for log in trainer.state.log_history if log.get("extra/taken_back")]
     return {**run, "seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -171,6 +173,8 @@ def draw(runs: dict[str, dict[str, Any]], title: str, path: Path) -> None:
         axes.annotate(f" {bold[-1]:.2f}", (steps[-1], bold[-1]), color=COLORS[name], weight="bold", va="center")
         for i, step in enumerate(jumps(run)):  # at the end of its step, so that the next one is the first to see it
             axes.axvline(step + 0.5, color=COLORS[name], alpha=0.5, linewidth=1, ls=":", label=None if i else "jump")
+        for i, step in enumerate(run["taken_back"]):
+            axes.axvline(step + 0.5, color="black", linewidth=1, ls="--", label=None if i else "taken back")
     axes.set(title=title, xlabel="optimizer step", ylabel="mean reward of the step's completions", ylim=(0, 1))
     axes.margins(x=0.04)
     axes.grid(axis="y", alpha=0.2)
@@ -183,11 +187,13 @@ def report(runs: dict[str, dict[str, Any]]) -> None:
     samples = Table("question", *runs, title="The first completion of the last step")
     last = [run["samples"][-1] for run in runs.values()]  # the same question in both runs
     samples.add_row(last[0]["question"], *(repr(sample["completion"]) for sample in last))
-    table = Table("optimizer", "real steps", f"reward, first {LAST}", f"last {LAST}", "last half", "jumps", "seconds")
+    rewards = f"reward, first {LAST}", f"last {LAST}", "last half"
+    table = Table("optimizer", "real steps", *rewards, "jumps", "taken back", "seconds")
     for name, run in runs.items():
-        rewards, count = run["rewards"], len(run["rewards"])
-        means = [f"{mean(part):.3f}" for part in (rewards[:LAST], rewards[-LAST:], rewards[count // 2 :])]
-        table.add_row(name, str(count), *means, str(len(jumps(run))), f"{run['seconds']:.0f}")
+        of_step, count = run["rewards"], len(run["rewards"])
+        means = [f"{mean(part):.3f}" for part in (of_step[:LAST], of_step[-LAST:], of_step[count // 2 :])]
+        counts = str(len(jumps(run))), str(len(run["taken_back"]))
+        table.add_row(name, str(count), *means, *counts, f"{run['seconds']:.0f}")
     console.print(samples, table)
 
 
@@ -222,15 +228,12 @@ def main(
         bf16=gpu and torch.cuda.is_bf16_supported(), gradient_checkpointing=gpu,  # on a CPU memory is not what lacks
         logging_steps=1, disable_tqdm=True, report_to="none", save_strategy="no", dataloader_pin_memory=False,
     )  # fmt: skip
-    optimizers: dict[str, tuple[type, dict[str, Any]]] = {
-        "AdamW": (torch.optim.AdamW, {"lr": lr}),
-        "ExtraAdam": (ExtraAdam, {"lr": lr, "extra_every": extra_every, "extra_steps": extra_steps}),
-    }
+    optimizers = {"AdamW": None, "ExtraAdam": {"extra_every": extra_every, "extra_steps": extra_steps}}
     console.print(f"{model} on {dataset}: GRPO, LoRA, {steps} steps of {completions} completions with each optimizer")
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     words = (TextColumn("{task.description:10}"), TextColumn("{task.fields[note]}"))
     with Progress(words[0], *columns, words[1], console=console) as progress:
-        runs = {name: train(name, how, config, path, rows, score, progress) for name, how in optimizers.items()}
+        runs = {name: train(name, extra, config, path, rows, score, progress) for name, extra in optimizers.items()}
 
     report(runs)
     out.mkdir(parents=True, exist_ok=True)

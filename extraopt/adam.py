@@ -47,8 +47,10 @@ class ExtraAdam(AdamW, Cycles):
             &\hspace{10mm}H \leftarrow N \, j / (j + 1) \text{ for } j \text{ drifts in } V
                 ; \; N \text{ if } \gamma = \text{None}                                          \\
             &\hspace{10mm}V' \leftarrow b V + (1 - b) D                                          \\
+            &\hspace{10mm}r \leftarrow (1 - g) \min(1, \, 100 \, \lVert D \rVert / \lVert \theta_t \rVert)
+                \text{ to the nearest } 1/256                                                    \\
             &\hspace{10mm}\textbf{if} \: t \geq s \text{ and, with a gate, } D \neq 0, \: V \neq 0: \;
-                \theta_t \leftarrow \theta_t + g \, (H / k) \, V' - (1 - g) \, D / 2             \\
+                \theta_t \leftarrow \theta_t + g \, (H / k) \, V' - r \, D / 2                     \\
             &\hspace{10mm}V \leftarrow V'                                                       \\
             &\hspace{10mm}A \leftarrow \theta_t                                                  \\
             &\rule{110mm}{0.4pt}                                                          \\[-1.ex]
@@ -61,18 +63,19 @@ class ExtraAdam(AdamW, Cycles):
     it would if gradients were pure noise: momentum alone makes drifts agree by :math:`c`, which follows from :math:`k`,
     :math:`b`, :math:`\beta_1` and the number of drifts in the estimate (:func:`~extraopt.gate.momentum_coherence`;
     at the defaults 0.52 for one drift, falling to 0.16). As far as the gate is shut the tensor retreats, by half of its
-    drift at most: the mean of anchor and weights, as in Lookahead, holds less noise than the weights. A gated tensor
-    that did not move in this cycle, or has no estimate yet, stays where AdamW put it; so nothing jumps in the first
-    cycle. The horizon grows with the drifts in the estimate, because the first ones mislead: a half of :math:`N` at
-    the first jump, two thirds at the second; with :math:`b = 1 - k / N` a straight path never jumps further ahead than
-    its estimate had looked back. Moments are kept over a jump.
+    drift at most: the mean of anchor and weights, as in Lookahead, holds less noise than the weights. A drift below a
+    hundredth of the weights is taken back in proportion less: so small a noise does no harm, but to retreat from it
+    costs learning. A gated tensor that did not move in this cycle, or has no estimate yet, stays where AdamW put it; so
+    nothing jumps in the first cycle. The horizon grows with the drifts in the estimate, because the first ones mislead:
+    a half of :math:`N` at the first jump, two thirds at the second; with :math:`b = 1 - k / N` a straight path never
+    jumps further ahead than its estimate had looked back. Moments are kept over a jump.
 
     ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None`` is the rule of RL-Extra in `Linear Dynamics in
     the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and an outer SGD step
     (DiLoCo, SNOO) with learning rate :math:`1 + N/k` and no momentum. With :math:`b > 0` and an open gate the rule is
     an outer momentum step of the same family: the drift of :math:`j` cycles ago moves the weights by
-    :math:`(N/k)(1-b)b^j`, on top of the newest drift itself. With a shut gate it is Lookahead with
-    :math:`\alpha = 1/2`.
+    :math:`(N/k)(1-b)b^j`, on top of the newest drift itself. With a shut gate it lies between
+    AdamW and Lookahead with :math:`\alpha = 1/2`.
 
     Args:
         params (iterable): parameters, named parameters or dicts of parameter groups, as for

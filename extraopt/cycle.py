@@ -167,7 +167,8 @@ def _lists(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence
 def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
     """End the cycle of every tensor of `lanes`: decide how far each of them may jump, then jump and re-anchor.
 
-    Each tensor has a gate of its own. As far as it is shut the tensor retreats: it takes back up to half of its drift.
+    Each tensor has a gate of its own. As far as it is shut the tensor retreats: it takes back up to half of a drift
+    that is large beside its weights.
     A tensor whose drift, estimate or weights are not finite, or whose jump could leave its dtype's range, is refused:
     it keeps its weights, gets a new anchor, and a RuntimeWarning says so.
 
@@ -199,7 +200,7 @@ def end_cycle(lanes: Sequence[Lane]) -> JumpReport:
         floor, grown = torch.tensor([judged[n] for n in lane.seen], dtype=torch.float64).unbind(1)
         g = gates.openness(gates.coherence(s), lane.gate, floor)
         ratios = (g * grown * lane.horizon / lane.every).where(may, 0.0)
-        retreats = ((1 - g) * gates.RETREAT).where(may, 0.0)
+        retreats = gates.retreats(s, g).where(may, 0.0)
         norms = gates.averaged_norm(s, lane.beta)
         jumps = ratios * norms + retreats * s[:, 1].sqrt()
         overflow = gates.overflows(s, jumps, [p.dtype for p in lane.params]) & (jumps > 0)

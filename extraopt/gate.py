@@ -14,6 +14,7 @@ from torch import Tensor
 
 HALFWAY = 1  # drifts in an estimate that let it jump by half of the horizon
 RETREAT = 0.5  # part of its drift that a tensor takes back where its gate is shut: Lookahead with alpha = 1 - RETREAT
+LARGE = 0.01  # a drift as a part of its weights; what is smaller is taken back in proportion less
 
 
 def finite(sums: Tensor) -> Tensor:
@@ -63,6 +64,20 @@ def openness(cosines: Tensor, gate: float | None, floor: Tensor) -> Tensor:
     if gate is None:
         return torch.ones_like(cosines)
     return (256 * ((cosines - floor) / (gate * (1 - floor))).clamp(0, 1)).round() / 256
+
+
+def retreats(sums: Tensor, opens: Tensor) -> Tensor:
+    """Which part of its drift each tensor takes back, float64 [T] in [0, RETREAT], in steps of RETREAT / 256.
+
+    (1 - g) / 2 where the drift is a hundredth of the weights or more, and less of a smaller one, in proportion: noise
+    far below the weights does no harm, but to retreat from it costs learning.
+
+    Args:
+        sums: float64 [T, 4].
+        opens: the gates g, float64 [T].
+    """
+    size = (sums[:, 1] / sums[:, 3]).sqrt() / LARGE
+    return (256 * (1 - opens) * size.nan_to_num(0.0, posinf=1.0).clamp(max=1)).round() * (RETREAT / 256)
 
 
 def growth(seen: int, gate: float | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -64,6 +65,8 @@ def end_cycle(
         if not jump or (gate is not None and norms == 0):
             g, w = 0.0, e
         else:
-            w = e + g * (horizon / every) * nv - (1 - g) / 2 * d
+            size = float(d.norm() / e.norm()) if e.norm() > 0 else math.inf
+            back = round(256 * (1 - g) * min(1.0, 100 * size)) / 512
+            w = e + g * (horizon / every) * nv - back * d
         new_W, new_V, gates = [*new_W, w], [*new_V, nv], [*gates, g]
     return new_W, new_V, gates

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from extraopt import ExtraAdam
-from extraopt.gate import coherence, momentum_coherence, openness
+from extraopt.gate import coherence, momentum_coherence, openness, retreats
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.5])
@@ -88,6 +88,26 @@ def test_a_straight_tensor_jumps_while_one_that_turns_back_retreats() -> None:
     assert straight.tolist() == pytest.approx([0.04 + 4 / 2 * (1 - 0.75**2) * 0.02] * 5, rel=1e-4)
     assert plain.tolist() == pytest.approx([0.0] * 5, abs=1e-6)  # there and back
     assert turning.tolist() == pytest.approx([0.01] * 5, rel=1e-4)  # there and half of the way back
+
+
+def test_a_retreat_fades_where_the_drift_is_small_beside_its_weights() -> None:
+    sums = torch.tensor([[0, 4.0, 0, 4], [0, 4, 0, 4e4], [0, 4, 0, 4e6], [0, 4, 0, 4e12], [0, 4, 0, 0], [0, 0, 0, 0]])
+    shut = torch.zeros(6, dtype=torch.float64)
+    assert retreats(sums.double(), shut).tolist() == [0.5, 0.5, 26 / 512, 0, 0.5, 0]
+    assert retreats(sums.double(), shut + 0.75).tolist() == [64 / 512, 64 / 512, 6 / 512, 0, 64 / 512, 0]
+    assert retreats(sums.double(), shut + 1).tolist() == [0] * 6
+
+
+def test_small_steps_of_a_large_model_are_halved_where_gates_are_shut() -> None:
+    runs = []
+    for kind in (torch.optim.AdamW, ExtraAdam):
+        p = torch.nn.Parameter(torch.ones(1000))
+        _run(
+            kind([p], lr=1e-5), lambda i, step, p: torch.randn(1000, generator=torch.Generator().manual_seed(step)), 100
+        )
+        runs.append(p.detach().double() - 1)
+    adamw, ours = runs
+    assert float((ours - adamw).norm() / adamw.norm()) < 0.05
 
 
 def test_the_horizon_grows_with_the_drifts_seen() -> None:

@@ -196,7 +196,9 @@ class Model:
                     momentum=group.options["betas"][0], seen=track.cycles - 1, jump=allowed,
                 )  # fmt: skip
                 moves = allowed and (group.gate is None or min(measured[1:]) > 0)
-                length = gate * horizon / k * float(nv.norm()) + (1 - gate) / 2 * float(d.norm()) if moves else 0.0
+                size = min(1.0, 100 * math.sqrt(measured[1] / squares(e))) if squares(e) else 1.0
+                back = round(256 * (1 - gate) * size) / 512
+                length = gate * horizon / k * float(nv.norm()) + back * float(d.norm()) if moves else 0.0
                 gates = [gate]
                 if length > 0 and float(e.double().norm()) + length > torch.finfo(e.dtype).max:
                     refused += 1
@@ -206,7 +208,9 @@ class Model:
                 if not moves or not group.horizon:
                     assert same(p, e), "a tensor that may not jump was moved"
                 else:
-                    lands = [(g, w + (g - gate) * (horizon / k * nv + d / 2)) for g in gates]
+                    exact = [(g, 256 * (1 - g) * size) for g in gates]  # as is the retreat to 1/512
+                    backs = [(g, m / 512) for g, x in exact for m in {int(x), math.ceil(x)} if abs(m - x) < 0.501]
+                    lands = [(g, w + (g - gate) * horizon / k * nv - (m - back) * d) for g, m in backs]
                     fits = [g for g, at in lands if near(p, at, g * horizon / k, e, a, v)]
                     assert fits, f"landed {(p.double() - w).abs().max()} from where the reference does"
                     gate = fits[0]

@@ -47,9 +47,7 @@ PLACES = {  # learning rates: a third of AdamW's best, three times its best, its
     "supervised@1e-3": (SUPERVISED, 1e-3, ""),
     "LoRA@1e-3": (LORA, 1e-3, ""),
 }
-RULES = (
-    "AdamW",
-    "default",
+PARTS = (  # all measured before the retreat faded with the size of the drift
     "scope=shut",
     "scope=row",
     "scope=global",
@@ -85,8 +83,8 @@ RULES = (
     "turn=1",
     "exclude=norm|tokens|positions|head",
     "product=1",
-    TOLD,
 )
+RULES = ("AdamW", "default", "size=.003", TOLD, "size=0", *(f"size=0 {part}" for part in PARTS))
 
 
 class Rule(optimizers.Trained):
@@ -116,6 +114,7 @@ class Rule(optimizers.Trained):
         damp: a jump is shortened where the newest drift falls short of the estimate along it, by damp * <D, V> / V^2.
         spread: a jump is taken in `k` parts, one after each step of the next cycle, whose drift leaves them out.
         slow: likewise, where it is shorter than the estimate, by (|D| / |V|)^slow.
+        size: the retreat fades where a drift is shorter than this part of its weights, times |D| / (size * |W|).
         turn: nothing is taken back of a drift that turned against the estimate: the retreat fades to 0 at cos = -low.
         exclude: parameters whose names have one of these never jump.
         product: B of a LoRA pair lands where B A moves as the jumps of A and of B say to first order, as near as its
@@ -125,20 +124,21 @@ class Rule(optimizers.Trained):
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, scope: str = "tensor", low: float = -1.0,
         gate: float = 0.5, k: int = 10, n: float = 200, b: float = 0.95, retreat: float = 0.5, under: float = 0.0,
-        turn: bool = False, moments: str = "keep", lr_units: bool = False, auto: float = 0.0, forget: float = -math.inf,
-        trust: float = 0.0, decay: float = 0.0, start: int = 0, end: int = 0, steps: int = 0, skip: int = 0,
-        early: float = 0.0, warm: float = 0.0, doubt: float = 1.0, damp: float = 0.0, slow: float = 0.0,
+        size: float = 0.01, turn: bool = False, moments: str = "keep", lr_units: bool = False, auto: float = 0.0,
+        forget: float = -math.inf, trust: float = 0.0, decay: float = 0.0, start: int = 0, end: int = 0, steps: int = 0,
+        skip: int = 0, early: float = 0.0, warm: float = 0.0, doubt: float = 1.0, damp: float = 0.0, slow: float = 0.0,
         spread: bool = False, exclude: str = "", product: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model, optimizer)
         self.scope, self.low, self.gate, self.k, self.n, self.b = scope, low, gate, k, n, b
-        self.retreat, self.under, self.moments, self.lr_units, self.auto = retreat, under, moments, lr_units, auto
+        self.retreat, self.under, self.size, self.turn = retreat, under, size, turn
+        self.moments, self.lr_units, self.auto = moments, lr_units, auto
         self.forget, self.trust, self.decay, self.start = forget, trust, decay, start
         self.until = steps - end if end else math.inf
         self.skip, self.early, self.warm, self.doubt = skip, early, warm, doubt
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.params = [p for _, p in named]
-        self.damp, self.slow, self.turn, self.spread = damp, slow, turn, spread
+        self.damp, self.slow, self.spread = damp, slow, spread
         self.parts: list[tuple[int, torch.Tensor]] = []  # what is left to do after each step
         self.excluded = [bool(exclude) and any(word in name for word in exclude.split("|")) for name, _ in named]
         self.anchors = [p.detach().clone() for p in self.params]
@@ -209,6 +209,8 @@ class Rule(optimizers.Trained):
                     jump *= min(1.0, self.trust * float(p.norm()) / float(jump.norm()))
                 below = 1 - min(1.0, max(0.0, cosine / floor)) if self.under else 0.0
                 retreat = self.retreat * (min(1.0, max(0.0, 1 + cosine / floor)) if self.turn else 1.0)
+                if self.size:
+                    retreat *= min(1.0, math.sqrt(own[1]) / (self.size * max(1e-30, float(p.norm()))))
                 if self.spread:
                     self.parts.append((i, jump / self.k))
                     jump = torch.zeros_like(jump)
