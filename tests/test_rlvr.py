@@ -120,6 +120,21 @@ def test_the_rule_of_the_study_is_extra_adam_where_nothing_is_switched(rlvr: Sim
     assert float((ends[0] - ends[1]).norm()) < 0.02 * float((ends[0] - started).norm())
 
 
+def test_a_rule_of_the_study_fails_at_its_first_jump(rlvr: SimpleNamespace, small) -> None:
+    _, policy = small
+    for name in rlvr.study.RULES:
+        model = copy.deepcopy(policy)
+        trained = rlvr.study.build(name, model, 1e-3, steps=60)
+        generator = torch.Generator().manual_seed(5)
+        slopes = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+        for _ in range(31):  # steep, so that gates open
+            for p, slope in zip(model.parameters(), slopes):
+                p.grad = slope + 0.3 * torch.randn(p.shape, generator=generator)
+            trained.step()
+        ended, begun = (torch.nn.utils.parameters_to_vector(m.parameters()).detach() for m in (model, policy))
+        assert bool(ended.isfinite().all()) and float((ended - begun).norm()) > 0, name
+
+
 def test_the_study_tells_a_reward_in_place_of_the_entropy(rlvr: SimpleNamespace, small) -> None:
     task, policy = small
     grpo = rlvr.lab.ALGORITHMS["GRPO"]

@@ -196,7 +196,7 @@ class Rule(optimizers.Trained):
                 v.zero_()
                 self.begun[i] = cycle
             v.mul_(self.b * scale).add_(d, alpha=1 - self.b)
-            open_sq, norm_sq = open_sq + g * float(v.square().sum()), norm_sq + float(v.square().sum())
+            open_sq, norm_sq = open_sq + float((g * v.square()).sum()), norm_sq + float(v.square().sum())
             if known and self.start < self.steps <= self.until and not self.excluded[i]:
                 grown = 1 - self.b ** (self.warm * seen) if self.warm else 1.0
                 grown *= seen / (seen + self.doubt) if seen else 1.0
