@@ -75,6 +75,8 @@ def retreats(sums: Tensor, opens: Tensor) -> Tensor:
     Args:
         sums: float64 [T, 4].
         opens: the gates g, float64 [T].
+
+    Source: extraopt's own; `benchmarks/rlvr/study.py` compares it with a retreat of any size (`size=0`).
     """
     size = (sums[:, 1] / sums[:, 3]).sqrt() / LARGE
     return (256 * (1 - opens) * size.nan_to_num(0.0, posinf=1.0).clamp(max=1)).round() * (RETREAT / 256)
