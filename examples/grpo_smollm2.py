@@ -188,12 +188,13 @@ def report(runs: dict[str, dict[str, Any]]) -> None:
     last = [run["samples"][-1] for run in runs.values()]  # the same question in both runs
     samples.add_row(last[0]["question"], *(repr(sample["completion"]) for sample in last))
     rewards = f"reward, first {LAST}", f"last {LAST}", "last half"
-    table = Table("optimizer", "real steps", *rewards, "jumps", "taken back", "seconds")
+    table = Table("optimizer", "real steps", *rewards, "jumps kept", "seconds")
     for name, run in runs.items():
         of_step, count = run["rewards"], len(run["rewards"])
         means = [f"{mean(part):.3f}" for part in (of_step[:LAST], of_step[-LAST:], of_step[count // 2 :])]
-        counts = str(len(jumps(run))), str(len(run["taken_back"]))
-        table.add_row(name, str(count), *means, *counts, f"{run['seconds']:.0f}")
+        jumped = len(jumps(run))
+        kept = f"{jumped - len(run['taken_back'])} of {jumped}"  # the others were taken back
+        table.add_row(name, str(count), *means, kept, f"{run['seconds']:.0f}")
     console.print(samples, table)
 
 
