@@ -70,7 +70,11 @@ def bundled_model() -> Path:
         model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=unpack, dtype=torch.float32)
         model.save_pretrained(f"{beside}/model")
         AutoTokenizer.from_pretrained(**source).save_pretrained(f"{beside}/model")
-        os.rename(f"{beside}/model", cache)  # last, so that a run that was killed leaves no half of a model
+        try:
+            os.rename(f"{beside}/model", cache)  # last, so that a run that was killed leaves no half of a model
+        except OSError:
+            if not cache.exists():  # else another run was faster
+                raise
     return cache
 
 

