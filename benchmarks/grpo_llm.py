@@ -69,14 +69,14 @@ class Preset:
     Attributes:
         tasks: name of each task; options where it is one of reasoning-gym's; tokens of its longest completion;
             whether it is put in the model's chat format, or left for it to write on.
-        lrs: learning rates by tuning; AdamW and the default run at both, others at the first.
+        lrs: learning rates by tuning; AdamW and the default run at all, others at the first.
         prompts, group: questions in an optimizer step, and completions to each.
         generations: optimizer steps on one batch of completions.
     """
 
     model: str
     tasks: dict[str, tuple[dict[str, Any], int, bool]]
-    lrs: dict[str, tuple[float, float]]
+    lrs: dict[str, tuple[float, ...]]
     steps: int
     prompts: int
     group: int
@@ -90,7 +90,7 @@ ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 PRESETS = {
     "smollm2": Preset(
         demo.BUNDLED, {"chain_sum": (ONE_DIGIT, 4, False), "syllogism": ({}, 2, True)},
-        {"LoRA": (1e-4, 3e-4), "full": (3e-6, 1e-5)}, steps=60, prompts=8, group=4, micro_batch=32,
+        {"LoRA": (1e-4, 3e-4), "full": (3e-6, 1e-6, 1e-5)}, steps=60, prompts=8, group=4, micro_batch=32,
     ),
     "qwen": Preset(
         "Qwen/Qwen2.5-0.5B-Instruct", {"openai/gsm8k": ({}, 384, True)}, {"LoRA": (1e-5, 3e-5), "full": (1e-6, 3e-6)},
@@ -259,9 +259,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             curves = [values(row, what) for row in own if row["settings"]["steps"] == longest]
             mean = statistics.geometric_mean if what == "minus" else statistics.mean
             points = [(points[0][0], mean(value for _, value in points)) for points in zip(*curves)]
-            dashed = lr != min(row["lr"] for row in here)
+            style = ("-", "--", ":")[sorted({row["lr"] for row in here}).index(lr)]
             label = f"{name}, lr {lr:g} ({len(curves)} seed{'s' * (len(curves) > 1)})"
-            axes.plot(*zip(*points), color=COLOURS[name], ls="--" if dashed else "-", label=label)
+            axes.plot(*zip(*points), color=COLOURS[name], ls=style, label=label)
         axes.set(title="{}, {}, {} completions a step".format(*place), xlabel="optimizer step", ylabel=labels[what])
         axes.set_yscale("log" if what == "minus" else "linear")
         axes.legend(frameon=False, fontsize=8)
