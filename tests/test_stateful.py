@@ -272,6 +272,8 @@ groups_of_knobs = st.fixed_dictionaries(
         "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.99), (0.5, 0.9)]),
         "weight_decay": st.sampled_from([0.01, 0.0, 2.0]),
         "eps": st.just(1e-4),  # one that float16 can hold
+        "amsgrad": st.sampled_from([False, False, True]),
+        "maximize": st.sampled_from([False, False, True]),
     }
 )
 kinds = st.tuples(st.sampled_from(SHAPES[1:3] + SHAPES), st.sampled_from(DTYPES))
@@ -466,9 +468,10 @@ class Run(RuleBasedStateMachine):
 
     # --- options ---
 
-    @event(i=which, lr=st.sampled_from([0.0, 0.01, 0.1, 0.0, 100.0, 1e25]))
-    def set_the_learning_rate(self, i: int, lr: float) -> None:
-        self.set_option(self.position(i), "lr", lr)
+    @event(i=which, lr=st.sampled_from([0.0, 0.01, 0.1, 0.0, 100.0, 1e25]), tensor=st.booleans())
+    def set_the_learning_rate(self, i: int, lr: float, tensor: bool) -> None:
+        tensor = tensor and not self.flags["foreach"]  # which takes none on a CPU
+        self.set_option(self.position(i), "lr", torch.tensor(lr) if tensor else lr)
 
     @event(i=which, decay=st.sampled_from([0.0, 0.01, 5.0]))
     def set_the_weight_decay(self, i: int, decay: float) -> None:
@@ -607,7 +610,7 @@ class Run(RuleBasedStateMachine):
                 track.weight = self.noise(p.detach())
                 p.detach().copy_(track.weight)
             for state in self.optimizer.state.get(p, {}), self.model.adamw.state.get(track.shadow, {}):
-                for key in {"exp_avg", "exp_avg_sq"} & state.keys():
+                for key in {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"} & state.keys():
                     state[key].nan_to_num_(0.0, 0.0, 0.0)
         for i, group in enumerate(self.model.groups):
             if group.options["lr"] > 1:
