@@ -151,6 +151,15 @@ def machine() -> str:
     return f"{len(names)} cores of {names[0].partition(':')[2].strip()}" if names else platform.machine()
 
 
+def precision() -> str:
+    """What matrices are multiplied in here: a CPU that has to imitate bfloat16 takes a hundred times as long for it."""
+    if torch.cuda.is_available():
+        has = torch.cuda.is_bf16_supported()
+    else:
+        has = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "bf16 autocast" if has else "fp32"
+
+
 def load(preset: Preset, task: str, seed: int) -> tuple[list[dict[str, Any]], Any]:
     options, _, chat = preset.tasks[task]
     if "/" in task:
@@ -179,7 +188,7 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
         per_device_train_batch_size=preset.micro_batch, gradient_accumulation_steps=accumulation,
         steps_per_generation=preset.generations * accumulation, num_generations=preset.group,
         max_completion_length=preset.tasks[run["task"]][1], epsilon=0.2, epsilon_high=0.28, beta=0.0,
-        use_cpu=not gpu, bf16=not gpu or torch.cuda.is_bf16_supported(), gradient_checkpointing=gpu,
+        use_cpu=not gpu, bf16=run["settings"]["precision"] == "bf16 autocast", gradient_checkpointing=gpu,
         logging_steps=1, disable_tqdm=True,
         report_to="none", save_strategy="steps", save_steps=20, save_total_limit=1, dataloader_pin_memory=False,
         **preset.options,
@@ -223,12 +232,13 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
 
 
 def level(row: dict[str, Any], end: int) -> float:
-    """The mean reward of the last `WINDOW` steps up to step `end`."""
-    return statistics.mean(reward for step, reward in row["curve"] if end - WINDOW < step <= end)
+    """The mean reward of the last `WINDOW` steps up to step `end`; NaN where the run was over by then."""
+    rewards = [reward for step, reward in row["curve"] if end - WINDOW < step <= end]
+    return statistics.mean(rewards) if len(rewards) == min(WINDOW, end) else math.nan
 
 
-def where(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["task"], row["tuning"], row["settings"]["completions"]
+def where(row: dict[str, Any]) -> tuple[str, str, int, str]:
+    return row["task"], row["tuning"], row["settings"]["completions"], row["settings"]["precision"]
 
 
 def values(row: dict[str, Any], what: str) -> list[list[float]]:
@@ -248,7 +258,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     }
     every_place = sorted(set(map(where, rows)))
     panels = [(p, w) for w in labels for p in every_place if any(values(row, w) for row in rows if where(row) == p)]
-    height = math.ceil(len(panels) / 2)
+    height = math.ceil(len(panels) / 2) or 1
     figure = Figure(figsize=(11, 3.6 * height), dpi=110, layout="constrained")
     every = iter(figure.subplots(height, 2, squeeze=False).flat)
     for (place, what), axes in zip(panels, every):
@@ -262,7 +272,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             style = ("-", "--", ":")[sorted({row["lr"] for row in here}).index(lr)]
             label = f"{name}, lr {lr:g} ({len(curves)} seed{'s' * (len(curves) > 1)})"
             axes.plot(*zip(*points), color=COLOURS[name], ls=style, label=label)
-        axes.set(title="{}, {}, {} completions a step".format(*place), xlabel="optimizer step", ylabel=labels[what])
+        axes.set(title="{}, {}, {} completions a step, {}".format(*place), xlabel="optimizer step", ylabel=labels[what])
         axes.set_yscale("log" if what == "minus" else "linear")
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -272,7 +282,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    columns = ["task", "tuning", "completions", "steps", "optimizer", "lr", "seeds", "mean reward"]
+    columns = ["task", "tuning", "completions", "precision", "steps", "optimizer", "lr", "seeds", "mean reward"]
     columns += [f"steps {end - WINDOW + 1}-{end}" for end in (2 * WINDOW, 3 * WINDOW)] + [f"last {WINDOW}"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -281,7 +291,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (*place, steps, name, lr), own in sorted(groups.items()):
         means = [statistics.mean(r for row in own for _, r in row["curve"])]
         means += [statistics.mean(level(row, end) for row in own) for end in (2 * WINDOW, 3 * WINDOW, steps)]
-        cells = [*map(str, place), str(steps), name, f"{lr:g}", str(len(own)), *(f"{mean:.3f}" for mean in means)]
+        figures = ["" if math.isnan(mean) else f"{mean:.3f}" for mean in means]
+        cells = [*map(str, place), str(steps), name, f"{lr:g}", str(len(own)), *figures]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -318,7 +329,12 @@ def main(
     chosen = PRESETS[preset]
     given = {"steps": steps, "group": group}
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
-    settings = {"model": chosen.model, "steps": chosen.steps, "completions": chosen.prompts * chosen.group}
+    settings = {
+        "model": chosen.model,
+        "steps": chosen.steps,
+        "completions": chosen.prompts * chosen.group,
+        "precision": precision(),
+    }
     runs = [
         {
             "optimizer": name,
