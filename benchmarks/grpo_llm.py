@@ -4,6 +4,7 @@
     python benchmarks/grpo_llm.py --preset qwen --json FILE     # a GPU and the hub
     python benchmarks/grpo_llm.py --preset paper --json FILE    # the paper's model and settings
     python benchmarks/grpo_llm.py --report FILE                 # table and picture of what FILE has
+    python benchmarks/grpo_llm.py --report FILE --readme        # and the table in the README
 
 The trainer is TRL's own. Each run is written to FILE when it ends and is not repeated; one that was cut off resumes
 from its last checkpoint. A run's curve is the mean reward of each step's completions, sampled before the step; its
@@ -23,6 +24,7 @@ import shutil
 import statistics
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +51,8 @@ assert spec and spec.loader
 demo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
 
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- made by benchmarks/grpo_llm.py -->", "<!-- end of grpo_llm -->"
 PAPER = {"extra_every": 20, "extra_steps": 100, "extra_beta": 0.0, "extra_gate": None}
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {}),
@@ -60,6 +64,7 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
 }
 COLOURS = dict(zip(OPTIMIZERS, ("#64748b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")))
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few
+EARLY = (40, 60)  # steps up to which the table has a level, besides the end
 
 
 @dataclass(frozen=True)
@@ -231,10 +236,11 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
     }
 
 
-def level(row: dict[str, Any], end: int) -> float:
-    """The mean reward of the last `WINDOW` steps up to step `end`; NaN where the run was over by then."""
-    rewards = [reward for step, reward in row["curve"] if end - WINDOW < step <= end]
-    return statistics.mean(rewards) if len(rewards) == min(WINDOW, end) else math.nan
+def level(rows: Iterable[dict[str, Any]], end: int) -> float:
+    """The mean reward of the last `WINDOW` steps up to step `end`, over the runs that got there; -inf: none."""
+    rewards = [[reward for step, reward in row["curve"] if end - WINDOW < step <= end] for row in rows]
+    levels = [statistics.mean(each) for each in rewards if len(each) == min(WINDOW, end)]
+    return statistics.mean(levels) if levels else -math.inf
 
 
 def where(row: dict[str, Any]) -> tuple[str, str, int, str]:
@@ -282,24 +288,38 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    columns = ["task", "tuning", "completions", "precision", "steps", "optimizer", "lr", "seeds", "mean reward"]
-    columns += [f"steps {end - WINDOW + 1}-{end}" for end in (2 * WINDOW, 3 * WINDOW)] + [f"last {WINDOW}"]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((*where(row), row["settings"]["steps"], row["optimizer"], row["lr"]), []).append(row)
-    for (*place, steps, name, lr), own in sorted(groups.items()):
-        means = [statistics.mean(r for row in own for _, r in row["curve"])]
-        means += [statistics.mean(level(row, end) for row in own) for end in (2 * WINDOW, 3 * WINDOW, steps)]
-        figures = ["" if math.isnan(mean) else f"{mean:.3f}" for mean in means]
-        cells = [*map(str, place), str(steps), name, f"{lr:g}", str(len(own)), *figures]
-        lines.append(f"| {' | '.join(cells)} |")
+    """Means over seeds, of each seed's longest run; bold: the best of those with the same learning rate."""
+    heads = ["task, tuning, completions a step, precision", "optimizer", "lr", "seeds"]
+    heads += [*(f"steps {end - WINDOW + 1}-{end}" for end in EARLY), "at the end (seeds)"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    groups: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = {}
+    for row in sorted(rows, key=lambda row: (where(row), row["lr"], row["settings"]["steps"])):
+        groups.setdefault((where(row), row["lr"]), {}).setdefault(row["optimizer"], {})[row["seed"]] = row
+    shown = None
+    for (place, lr), by_name in groups.items():
+        longest = max(row["settings"]["steps"] for own in by_name.values() for row in own.values())
+        means = {n: [level(own.values(), end) for end in (*EARLY, longest)] for n, own in by_name.items()}
+        best = [max(column) for column in zip(*means.values())]
+        for name in sorted(by_name, key=list(OPTIMIZERS).index):
+            own = by_name[name].values()
+            bold = [mean == top and len(means) > 1 for mean, top in zip(means[name], best)]
+            cells = ["" if m == -math.inf else f"**{m:.3f}**" if b else f"{m:.3f}" for m, b in zip(means[name], bold)]
+            if cells[-1]:
+                seeds = sum(len(row["curve"]) >= longest for row in own)
+                cells[-1] += f" at {max(longest - WINDOW, 0) + 1}-{longest} ({seeds})"
+            first = ", ".join(map(str, place)) if place != shown else ""
+            star = "*" * any("note" in row for row in own)
+            lines.append(" | ".join([f"| {first}", name + star, f"{lr:g}", str(len(own)), *cells]) + " |")
+            shown = place
     return "\n".join(lines)
 
 
-def report(rows: list[dict[str, Any]], path: Path) -> None:
+def report(rows: list[dict[str, Any]], path: Path, readme: bool = False) -> None:
     picture(rows, path)
     print(table(rows))
+    if readme:
+        before, _, rest = README.read_text().partition(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
 
 
 def main(
@@ -315,10 +335,11 @@ def main(
     report_file: Annotated[
         Path | None, typer.Option("--report", help="Only the table and picture of this file.")
     ] = None,
+    readme: Annotated[bool, typer.Option("--readme", help="Put the table of --report into the README.")] = False,
 ) -> None:
     """Train a language model by GRPO with each optimizer, and compare rewards."""
     if report_file is not None:
-        report(json.loads(report_file.read_text()), report_file.with_suffix(".png"))
+        report(json.loads(report_file.read_text()), report_file.with_suffix(".png"), readme)
         return
     if preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import multiprocessing
 from collections.abc import Iterator
@@ -199,6 +200,16 @@ def test_the_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -
     table = report.README.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
     cells = report.read(FOLDER.parent / "results" / "rlvr.json")
     assert table.strip() == report.summary(cells)
+
+
+def test_the_language_models_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -> None:
+    pytest.importorskip("trl", reason="needs TRL: pip install 'extraopt[demo]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER.parent))
+        import grpo_llm
+    table = grpo_llm.README.read_text().partition(grpo_llm.BEGIN)[2].partition(grpo_llm.END)[0]
+    rows = json.loads((FOLDER.parent / "results" / "grpo_llm.json").read_text())
+    assert table.strip() == grpo_llm.table(rows)
 
 
 def test_rare_answers_are_the_negative_ones_and_only_they_lose_their_sign(rlvr: SimpleNamespace) -> None:
