@@ -202,6 +202,20 @@ def test_the_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -
     assert table.strip() == report.summary(cells)
 
 
+def test_rows_of_machines_that_round_differently_are_not_put_into_one_file(rlvr: SimpleNamespace, tmp_path: Path):
+    """Pre-training ended elsewhere, and a rule seemed to end 0.15 higher because its policy had begun higher."""
+    file = tmp_path / "rows.json"
+    for name in "rlvr.json", "rlvr-study.json":
+        rows = json.loads((FOLDER.parent / "results" / name).read_text())
+        rlvr.compare.write(rows, file)
+        whole = file.read_bytes()
+        other = copy.deepcopy(rows[-1])
+        other["curve"][0][1] += 0.02
+        with pytest.raises(ValueError, match=f"seed {other['seed']}, began from accuracies"):
+            rlvr.compare.write([*rows, other], file)
+        assert file.read_bytes() == whole
+
+
 def test_the_language_models_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install 'extraopt[demo]'")
     with pytest.MonkeyPatch.context() as patch:

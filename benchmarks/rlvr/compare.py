@@ -5,7 +5,8 @@
 
 The grid, the seeds, the budget of steps and what counts as collapsed are fixed below. No run is stopped early. Each run
 is written to FILE as it ends, and runs that FILE has from the same code are not repeated: a comparison that was cut off
-goes on where it was, and after a change of ExtraAdam only its own runs are made anew.
+goes on where it was, and after a change of ExtraAdam only its own runs are made anew. All rows of a file have to be
+made on one kind of CPU, since seeds begin from other policies on another: it says so where they were not.
 """
 
 from __future__ import annotations
@@ -189,7 +190,20 @@ def _row_key(row: Row) -> str:
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """One row a line. The file is whole at any time."""
+    """One row a line. The file is whole at any time.
+
+    Raises:
+        ValueError: runs of one seed began from different policies. Kinds of CPUs round differently, and pre-training
+            ends elsewhere: such runs say nothing about each other.
+    """
+    starts: dict[tuple[str, int], float] = {}
+    for row in rows:
+        task, seed, start = row.get("task", "addition"), row["seed"], row["curve"][0][1]
+        if starts.setdefault((task, seed), start) != start:
+            raise ValueError(
+                f"Runs of {task}, seed {seed}, began from accuracies {starts[task, seed]} and {start}: they were made "
+                f"on CPUs that round differently. Write to another file than {path}, or make all of its rows here."
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
     beside.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
