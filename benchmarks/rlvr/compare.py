@@ -2,6 +2,7 @@
 
     python benchmarks/rlvr/compare.py --quick                                  # a look, under 5 minutes
     python benchmarks/rlvr/compare.py --json benchmarks/results/rlvr.json      # all of it: hours
+    python benchmarks/rlvr/compare.py --held-out --json benchmarks/results/rlvr-held-out.json
 
 The grid, the seeds, the budget of steps and what counts as collapsed are fixed below. No run is stopped early. Each run
 is written to FILE as it ends, and runs that FILE has from the same code are not repeated: a comparison that was cut off
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch
 from rich.progress import Progress
 
 SEEDS = (0, 1, 2, 3, 4)
+HELD_OUT = (5, 6)  # AdamW and ExtraAdam on policies that had no part in choosing the defaults: seeds, and kind of CPU
 EVALUATE_EVERY = 10
 Row = dict[str, Any]
 COLLAPSED = 0.5  # a run has collapsed if it ends below this fraction of the accuracy before training
@@ -213,11 +215,15 @@ def write(rows: list[Row], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two short cells, one seed")
+    parser.add_argument("--held-out", action="store_true", help="all cells without peers, on two new seeds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
-    grid = {_key(*r): r for r in (runs(QUICK, SEEDS[:1]) if args.quick else runs(CELLS, SEEDS))}
+    cells, seeds = (QUICK, SEEDS[:1]) if args.quick else (CELLS, SEEDS)
+    if args.held_out:
+        cells, seeds = tuple(replace(cell, peers=()) for cell in cells), HELD_OUT
+    grid = {_key(*r): r for r in runs(cells, seeds)}
     found = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     done = {key: row for row in found if (key := _row_key(row)) in grid}
     todo = {key: r for key, r in grid.items() if not args.optimizers or r[1] in args.optimizers}
