@@ -220,7 +220,8 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
     trainer.remove_callback(PrinterCallback)
     trainer.optimizer_cls_and_kwargs = (kind, {"lr": run["lr"], "fused": True, **knobs})
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
-    logs = [log for log in trainer.state.log_history if "reward" in log]
+    # a run that was cut off after its last step takes one more when it resumes
+    logs = [log for log in trainer.state.log_history if "reward" in log and log["step"] <= preset.steps]
     minus = [[log["step"], log["minus"]] for log in trainer.state.log_history if "minus" in log]
     jumps = [[log["step"], log["extra/coherence"], log["extra/gate"]] for log in logs if "extra/gate" in log]
     shutil.rmtree(folder)
