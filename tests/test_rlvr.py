@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -205,7 +206,7 @@ def test_the_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -
 def test_rows_of_machines_that_round_differently_are_not_put_into_one_file(rlvr: SimpleNamespace, tmp_path: Path):
     """Pre-training ended elsewhere, and a rule seemed to end 0.15 higher because its policy had begun higher."""
     file = tmp_path / "rows.json"
-    for name in "rlvr.json", "rlvr-study.json":
+    for name in "rlvr.json", "rlvr-held-out.json", "rlvr-study.json", "rare.json":
         rows = json.loads((FOLDER.parent / "results" / name).read_text())
         rlvr.compare.write(rows, file)
         whole = file.read_bytes()
@@ -214,6 +215,13 @@ def test_rows_of_machines_that_round_differently_are_not_put_into_one_file(rlvr:
         with pytest.raises(ValueError, match=f"seed {other['seed']}, began from accuracies"):
             rlvr.compare.write([*rows, other], file)
         assert file.read_bytes() == whole
+
+
+def test_an_error_shows_only_after_all_other_runs(rlvr: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match="now"), rlvr.compare.workers(1) as pool:
+        runs = [pool.submit(time.sleep, 0.5) for _ in range(8)]
+        raise ValueError("now")
+    assert runs[-1].cancelled()
 
 
 def test_the_language_models_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -> None:

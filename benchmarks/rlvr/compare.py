@@ -19,8 +19,9 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import torch
 from rich.progress import Progress
 
 SEEDS = (0, 1, 2, 3, 4)
-HELD_OUT = (5, 6)  # AdamW and ExtraAdam on policies that had no part in choosing the defaults: seeds, and kind of CPU
+HELD_OUT = (5, 6)  # of policies that had no part in choosing the defaults
 EVALUATE_EVERY = 10
 Row = dict[str, Any]
 COLLAPSED = 0.5  # a run has collapsed if it ends below this fraction of the accuracy before training
@@ -212,6 +213,17 @@ def write(rows: list[Row], path: Path) -> None:
     beside.replace(path)
 
 
+@contextmanager
+def workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes for runs. After an error those that have not begun are dropped, else it would show hours later."""
+    with ProcessPoolExecutor(count) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two short cells, one seed")
@@ -227,7 +239,7 @@ def main() -> None:
     found = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     done = {key: row for row in found if (key := _row_key(row)) in grid}
     todo = {key: r for key, r in grid.items() if not args.optimizers or r[1] in args.optimizers}
-    with ProcessPoolExecutor(args.workers) as pool, Progress() as progress:
+    with workers(args.workers) as pool, Progress() as progress:
         started = {pool.submit(run, *r): key for key, r in todo.items() if key not in done}
         bar = progress.add_task("runs", total=len(todo), completed=len(todo) - len(started))
         for future in as_completed(started):

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import statistics
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
     todo = [seed for seed in SEEDS if all(row["seed"] != seed for row in rows)]
-    with ProcessPoolExecutor(args.workers) as pool, Progress() as progress:
+    with compare.workers(args.workers) as pool, Progress() as progress:
         bar = progress.add_task("seeds", total=len(todo))
         for future in as_completed([pool.submit(runs_of, seed) for seed in todo]):
             rows += future.result()

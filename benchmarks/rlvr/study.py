@@ -14,7 +14,7 @@ import json
 import math
 import os
 import statistics
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -303,7 +303,7 @@ def main() -> None:
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
     known = {(row["place"], row["rule"], row["seed"]) for row in rows}
     todo = [(c, r, s) for s in args.seeds for r in args.rules for c in args.places if (c, r, s) not in known]
-    with ProcessPoolExecutor(args.workers) as pool, Progress() as progress:
+    with compare.workers(args.workers) as pool, Progress() as progress:
         bar = progress.add_task("runs", total=len(todo))
         for future in as_completed([pool.submit(one, *run) for run in todo]):
             rows.append(future.result())
