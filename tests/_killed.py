@@ -82,8 +82,11 @@ def live(kind: str, folder: Path, plan: Plan) -> bool:
     return any(codes)
 
 
-def draw(rng: random.Random, kind: str, typical: float) -> Plan:
-    """Half of the kills fall anywhere in a life, the others in mid-save and right before or after a jump."""
+def draw(rng: random.Random, kind: str, typical: float, first: bool) -> Plan:
+    """The first kill falls between the last save and the end; half of the others anywhere in a life, the rest in
+    mid-save and right before or after a jump."""
+    if first:
+        return Plan(point="end", nth=1)
     point = rng.choice(["", "", "save", "jump"])
     if not point:
         return Plan(delay=rng.uniform(0, typical))
@@ -104,7 +107,7 @@ def campaign(kind: str, kills: int, rng: random.Random, folder: Path) -> Record:
         run.mkdir()
         killed = True
         while killed:
-            plan = draw(rng, kind, typical) if record.kills < kills else Plan()
+            plan = draw(rng, kind, typical, not record.kills) if record.kills < kills else Plan()
             killed = live(kind, run, plan)
             record.incomplete_checkpoints += shared[INCOMPLETE]
             if killed:

@@ -9,6 +9,8 @@ What was found out about checkpoints that were cut off, and what a user's loop h
   missing is *not* noticed as long as the rest is there: training goes on with new moments and a new cycle. So the rule
   is: the newest checkpoint whose `trainer_state.json` parses and whose other files are there and whole. Those that are
   not are deleted.
+- A run that was killed between its last checkpoint and its end takes one step more when it resumes; with a learning
+  rate that has fallen to 0 only the optimizer's state shows it. So a finished run is not resumed.
 - torch.distributed.checkpoint writes `.metadata` last, under a temporary name, and renames it: a folder that has it is
   whole. One without it can't be read; it is deleted before its step is saved again.
 - Neither waits for the disk by default (DCP: `sync_files`), so this is about processes that die, not power cuts.
@@ -35,6 +37,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -68,8 +71,11 @@ class Plan:
     rank: int = 0
 
 
-def watch(plan: Plan, rank: int) -> None:
-    """Let this process write its files in two halves, and say where it is, so that it can be killed right there."""
+def watch(plan: Plan, rank: int) -> Callable[[str], None]:
+    """Let this process write its files in two halves, and say where it is, so that it can be killed right there.
+
+    Returns what is to be called where a life comes to a point that it alone knows of.
+    """
 
     def reached(point: str) -> None:
         if (point, rank) == (plan.point, plan.rank):
@@ -121,6 +127,7 @@ def watch(plan: Plan, rank: int) -> None:
     FileSystem.rename, cycles.end_cycle = rename, end_cycle
     Trainer._save_checkpoint = saving(Trainer._save_checkpoint)
     register_optimizer_step_post_hook(count)
+    return reached
 
 
 def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -168,7 +175,7 @@ def newest_complete(folder: Path) -> str | None:
 
 
 def trainer_life(folder: Path, rank: int, plan: Plan) -> None:
-    watch(plan, rank)
+    reached = watch(plan, rank)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     set_seed(0)
@@ -180,8 +187,11 @@ def trainer_life(folder: Path, rank: int, plan: Plan) -> None:
     )  # fmt: skip
     trainer = Trainer(model, args, train_dataset=tokens(), optimizer_cls_and_kwargs=(ExtraAdam, KNOBS))
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=newest_complete(folder))
-    publish({"model": model.state_dict(), "optimizer": trainer.optimizer.state_dict()}, folder)
+    newest, last = newest_complete(folder), folder / f"checkpoint-{STEPS}"
+    if newest != str(last):
+        trainer.train(resume_from_checkpoint=newest)
+    reached("end")
+    publish({"model": load_file(last / "model.safetensors"), "optimizer": torch.load(last / "optimizer.pt")}, folder)
 
 
 def newest_folder(folder: Path) -> int:
@@ -196,7 +206,7 @@ def newest_folder(folder: Path) -> int:
 
 
 def dcp_life(folder: Path, rank: int, plan: Plan) -> None:
-    watch(plan, rank)
+    reached = watch(plan, rank)
     store = folder.parent / f"store-{os.getpgrp()}"
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
@@ -228,6 +238,7 @@ def dcp_life(folder: Path, rank: int, plan: Plan) -> None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, states = get_state_dict(model, optimizer, options=options)
     if rank == 0:
+        reached("end")
         publish({"model": weights, "optimizer": states}, folder)
     torch.distributed.barrier()  # no rank leaves, and ends the other's connection, before that
 
