@@ -13,8 +13,9 @@ DEMO = $(foreach option,MODEL DATASET STEPS LR SEED OUT,$(if $($(option)),--$(sh
 demo: .venv/demo.done
 	.venv/bin/python examples/grpo_smollm2.py $(DEMO)
 
+# two files at a time: a test has one thread, and mostly one process
 test: .venv/test.done
-	.venv/bin/pytest -m "not slow" $(ARGS)
+	.venv/bin/pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-slow: .venv/test.done
 	.venv/bin/pytest -m slow --timeout 3600 $(ARGS)
@@ -33,8 +34,8 @@ bench-gpu: .venv/test.done
 	.venv/bin/python benchmarks/memory.py --json benchmarks/results/gpu/memory.json
 
 # the README's table of where ExtraAdam is tested
-support: .venv/test.done
-	.venv/bin/pytest -m "not slow" --junitxml build/tests.xml
+support:
+	$(MAKE) test ARGS="--junitxml build/tests.xml"
 	.venv/bin/python tests/support.py build/tests.xml
 
 lint: .venv/test.done
