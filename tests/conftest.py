@@ -1,4 +1,7 @@
-"""One thread for each test process (two threads on shared cores make timings and waits erratic), and no hub."""
+"""One thread for each test process (two threads on shared cores make timings and waits erratic), and no hub.
+
+Property tests draw the same examples in every run, with no limit on an example's time.
+"""
 
 import os
 
@@ -7,8 +10,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+settings.register_profile(
+    "extraopt", derandomize=True, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("extraopt")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

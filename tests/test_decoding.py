@@ -163,7 +163,7 @@ def test_every_method_equals_a_model_that_mixes_inside(family: str, options: dic
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(1, 6), min_size=1, max_size=4),
     st.integers(0, 9),
@@ -389,7 +389,7 @@ rows_of_logits = st.lists(st.one_of(st.floats(-50, 50, width=32), st.just(-torch
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows_of_logits, rows_of_logits, st.floats(-2, 8), st.floats(-20, 20), st.floats(-20, 20))
 def test_the_mix_is_never_nan_and_no_constant_matters(
     two: list[float], one: list[float], alpha: float, shift_two: float, shift_one: float

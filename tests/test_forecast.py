@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from extraopt.checkpoints.forecast import (
@@ -22,9 +22,6 @@ from extraopt.checkpoints.forecast import (
     thin,
 )
 from extraopt.gate import momentum_coherence
-
-settings.register_profile("extraopt", deadline=None, max_examples=60, derandomize=True)
-settings.load_profile("extraopt")
 
 EVEN = [50.0 * i for i in range(14)]
 UNEVEN = [0.0, 1.0, 4.0, 5.0, 11.0, 13.0, 20.0, 21.0]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -24,9 +24,6 @@ from extraopt.checkpoints import linearity as module
 from extraopt.checkpoints import paths as of_paths
 from extraopt.checkpoints.linearity import layer_number, layer_type, linearity
 from extraopt.checkpoints.paths import Filter, measure, random_walks
-
-settings.register_profile("extraopt", deadline=None, max_examples=40, derandomize=True)
-settings.load_profile("extraopt")
 
 EVEN = [100.0 * i for i in range(14)]
 UNEVEN = [0.0, 1.0, 4.0, 5.0, 11.0, 13.0, 20.0, 21.0]

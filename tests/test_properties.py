@@ -10,16 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from extraopt import ExtraAdam, kernels
 from extraopt.cycle import Lane, averaging, end_cycle
 from extraopt.kernels import reference
-
-settings.register_profile("extraopt", deadline=None, max_examples=60, derandomize=True)
-settings.load_profile("extraopt")
 
 REAL = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["contiguous", "transposed", "channels_last", "offset", "gapped"]
