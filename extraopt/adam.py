@@ -141,7 +141,7 @@ class ExtraAdam(AdamW, Cycles):
 
     Example::
 
-        >>> optimizer = ExtraAdam(model.parameters(), lr=1e-5)   # was: torch.optim.AdamW(...)
+        >>> optimizer = ExtraAdam(model.parameters(), lr=1e-6)   # was: torch.optim.AdamW(...)
         >>> loss_fn(model(input), target).backward()
         >>> optimizer.step()
 
