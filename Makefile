@@ -36,7 +36,7 @@ bench-gpu: .venv/test.done
 # the README's table of where ExtraAdam is tested
 support:
 	$(MAKE) test ARGS="--junitxml build/tests.xml"
-	.venv/bin/python tests/support.py build/tests.xml
+	.venv/bin/python tests/common/support.py build/tests.xml
 
 lint: .venv/test.done
 	.venv/bin/ruff check .

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from extraopt.decoding import LogitsExtrapolation
+from extraopt.tools.decoding import LogitsExtrapolation
 
 BAR = 2.1
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "grpo_smollm2.py"

@@ -1,7 +1,8 @@
 """What is lost when training is killed: SIGKILL at random moments, resume, compare the end with an undisturbed run.
 
 Two kinds of run, both on a CPU: transformers' Trainer, and torch.distributed.checkpoint with FSDP2 on two ranks. Half
-of the kills fall anywhere in a process's life, half in mid-save and right before or after a jump (`tests/_lives.py`).
+of the kills fall anywhere in a process's life, half in mid-save and right before or after a jump
+(`tests/integrations/_lives.py`).
 
     python benchmarks/faults.py [--kills 200] [--json benchmarks/results/faults.json]
 """
@@ -26,7 +27,7 @@ from rich.table import Table
 
 from extraopt import __version__
 
-SCRIPT = Path(__file__).resolve().parents[1] / "tests" / "_killed.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "tests" / "integrations" / "_killed.py"
 KINDS = ["trainer", "dcp"]
 COLUMNS = {
     "kind": "run",

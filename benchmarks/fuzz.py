@@ -4,8 +4,9 @@
     python benchmarks/fuzz.py --seconds 60 [--target NAME] [--json benchmarks/results/fuzz.json] [--keep FOLDER]
 
 A target may end in the errors that are documented for it, and in no others; it may take neither long nor much memory;
-and a state that is refused leaves an optimizer as it was. `tests/test_fuzz_corpus.py` replays tests/corpus, without
-atheris. Inputs that do what none may do are written to the folder of --keep: mend the cause, then put them there.
+and a state that is refused leaves an optimizer as it was. `tests/tools/test_fuzz_corpus.py` replays tests/tools/corpus,
+without atheris. Inputs that do what none may do are written to the folder of --keep: mend the cause, then put them
+there.
 """
 
 from __future__ import annotations
@@ -42,21 +43,23 @@ if FUZZING:
     import atheris
 
     with atheris.instrument_imports(include=["extraopt"]):
-        from extraopt import ExtraAdam, checkpoints, cli
-        from extraopt.checkpoints import models, read, tokens
-        from extraopt.generation import read_prompts
-        from extraopt.page import html
-        from extraopt.report import read_run, summarize
+        from extraopt import ExtraAdam
+        from extraopt.tools import checkpoints, cli
+        from extraopt.tools.checkpoints import models, read, tokens
+        from extraopt.tools.generation import read_prompts
+        from extraopt.tools.page import html
+        from extraopt.tools.report import read_run, summarize
         from extraopt.wrap import Extra
 else:
-    from extraopt import ExtraAdam, checkpoints, cli
-    from extraopt.checkpoints import models, read, tokens
-    from extraopt.generation import read_prompts
-    from extraopt.page import html
-    from extraopt.report import read_run, summarize
+    from extraopt import ExtraAdam
+    from extraopt.tools import checkpoints, cli
+    from extraopt.tools.checkpoints import models, read, tokens
+    from extraopt.tools.generation import read_prompts
+    from extraopt.tools.page import html
+    from extraopt.tools.report import read_run, summarize
     from extraopt.wrap import Extra
 
-CORPUS = Path(__file__).resolve().parents[1] / "tests" / "corpus"
+CORPUS = Path(__file__).resolve().parents[1] / "tests" / "tools" / "corpus"
 LONG = 5.0  # seconds of this process
 CheckpointError = checkpoints.CheckpointError
 

@@ -145,7 +145,16 @@ def main(
         prompts = work / "prompts.jsonl"
         prompts.write_text("".join(json.dumps(row) + "\n" for row in answers(2016)[2000:]))
         (out / name).mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "extraopt.cli", "linearity", str(folder), "--prompts", str(prompts), "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "extraopt.tools.cli",
+            "linearity",
+            str(folder),
+            "--prompts",
+            str(prompts),
+            "--json",
+        ]
         shown = subprocess.run([*command, "--plots", str(out / name)], check=True, stdout=subprocess.PIPE, text=True)
         report = json.loads(shown.stdout)
         del report["tensors"]  # hundreds; the picture of the layers shows them

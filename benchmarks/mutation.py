@@ -122,7 +122,7 @@ def failing_test(folder: Path) -> str | None:
 
 
 def failing_among(folder: Path, names: list[str]) -> str | None:
-    tests = [f"tests/test_{name}.py" for name in names]
+    tests = [str(next((folder / "copy" / "tests").rglob(f"test_{name}.py"))) for name in names]
     # whether golden files can be overwritten is nothing that a mutant changes
     only = ["-m", "not slow", "-k", "not overwritten"]
     command = [folder / "venv/bin/python", "-m", "pytest", "-xq", *only, "-p", "no:cacheprovider", *tests]

@@ -9,7 +9,7 @@ def main() -> None:
         print_versions()
         return
     try:
-        from .cli import run
+        from .tools.cli import run
     except ModuleNotFoundError as error:
         sys.exit(f"extraopt: the command line needs {error.name}: pip install 'extraopt[cli]'")
     run()

@@ -1,0 +1,483 @@
+"""Read saved checkpoints tensor by tensor, so that a model may be larger than the memory.
+
+A checkpoint is a folder as `save_pretrained` of transformers or PEFT writes it: one file of weights or shards with an
+index, as safetensors or as `.bin`. What is opened here is only the table of contents; weights are read with plain
+reads, not mapped, so that a process grows by what it holds and by nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...knobs import MOST
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
+FULL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+# Files beside the weights that belong to the model. What a trainer leaves there (optimizer.pt, rng_state.pth,
+# trainer_state.json, training_args.bin, ...) belongs to a run, and is untrue of any other weights.
+BESIDE = {".json", ".jsonl", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".spm", ".bpe", ".vocab"}
+NOT_BESIDE = {"trainer_state.json", "zero_to_fp32.py"}
+LARGEST_TEXT = 2**28  # bytes of a config, an index or prompts
+LARGEST_PICKLE = 2**28  # bytes of the table of contents of a `.bin`
+MANY = 1000  # layers or experts that a config may name without a tensor for each
+
+
+class CheckpointError(ValueError):
+    """What is wrong with a checkpoint, where, and what to do about it: always one line."""
+
+    def __init__(self, message: str):
+        words = " ".join(message.split())
+        super().__init__(words if len(words) <= 2000 else f"{words[:1000]} ... {words[-1000:]}")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+        file: The file that holds it.
+        offset: Of its first byte in the file.
+        dtype: As stored.
+        shape: As stored.
+        stride: In elements, of the stored tensor; only a `.bin` can hold tensors that are not contiguous.
+    """
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None = None  # None: contiguous
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, were it contiguous."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What only the model's class knows; `unknown` says why it could not be asked, or is empty.
+
+    Names are those of the model, with and without the prefix of its base model: checkpoints come with either.
+    """
+
+    tied: tuple[tuple[str, ...], ...]
+    buffers: frozenset[str]
+    unknown: str
+
+
+class Checkpoint:
+    """A checkpoint on disk; made by `open_checkpoint`.
+
+    Attributes:
+        path: Its folder.
+        is_adapter: Whether it is a PEFT adapter.
+        config: Its config.json or adapter_config.json; empty if a model has none.
+        infos: Name to `TensorInfo`, in the order of the files.
+        metadata: Safetensors metadata, by file name.
+        trust_remote_code: Whether the model's own Python code may be run to learn what it ties.
+    """
+
+    def __init__(self, path: Path, weights: Path, trust_remote_code: bool = False):
+        self.path = path
+        self.trust_remote_code = trust_remote_code
+        self.is_adapter = weights.name in ADAPTER
+        config = path / ("adapter_config.json" if self.is_adapter else "config.json")
+        self.config: dict[str, Any] = read_json(config) if os.path.exists(config) or self.is_adapter else {}
+        if "quantization_config" in self.config:
+            raise CheckpointError(
+                f"{path} holds quantised weights: their numbers are codes, not weights. Dequantise the model first."
+            )
+        self.infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        if weights.name.endswith(".index.json"):
+            self._open_shards(weights)
+        else:
+            self._open_file(weights)
+        if not self.infos:
+            raise CheckpointError(f"{weights} holds no tensor.")
+
+    def _open_shards(self, index: Path) -> None:
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise CheckpointError(f"{index} has no weight_map from names to files. Copy the checkpoint again.")
+        for file in sorted(set(where.values())):
+            if file != Path(file).name:
+                raise CheckpointError(f"{index} names {file!r}, which is not a file of this folder. Refused.")
+            if not os.path.exists(self.path / file):
+                raise CheckpointError(f"{index} names {file}, which is not there. Copy the missing shard.")
+            self._open_file(self.path / file)
+        for name, file in where.items():
+            if name not in self.infos:
+                raise CheckpointError(f"{index} puts {name} in {file}, which does not hold it.")
+        for name, info in self.infos.items():
+            if where.get(name) != info.file.name:
+                raise CheckpointError(f"{info.file} holds {name}, but {index.name} does not say so.")
+
+    def _open_file(self, file: Path) -> None:
+        check_inside(file, self.path)
+        if not os.path.isfile(file):  # a pipe would never end
+            raise CheckpointError(f"{file} is no file.")
+        try:
+            infos = self._open_bin(file) if file.suffix == ".bin" else self._open_safetensors(file)
+        except OSError as error:
+            raise CheckpointError(f"{file} can not be read: {error}") from error
+        for name, info in infos:
+            if name in self.infos:
+                raise CheckpointError(f"{name} is in {self.infos[name].file} and in {file}.")
+            self.infos[name] = info
+
+    def _open_safetensors(self, file: Path) -> list[tuple[str, TensorInfo]]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "pt"):  # checks that header, offsets and size of the file fit together
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is cut short or corrupt ({error}). Copy it again.") from error
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        self.metadata[file.name] = header.pop("__metadata__", {})
+        infos = []
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(f"{file} holds {name} as {entry['dtype']}, which is not supported.")
+            if math.prod(max(1, size) for size in entry["shape"]) > MOST:  # a size of 0 beside it makes it fit any file
+                raise CheckpointError(f"{file} holds {name} of shape {entry['shape']}, which no tensor has.")
+            offset = 8 + length + entry["data_offsets"][0]
+            infos.append((name, TensorInfo(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))))
+        return infos
+
+    def _open_bin(self, file: Path) -> list[tuple[str, TensorInfo]]:
+        try:
+            if not zipfile.is_zipfile(file):
+                said = f"{file} is cut short, corrupt, or from before torch 1.6. Copy it or save it again."
+                raise CheckpointError(said)
+            check_records(file)
+            # On "meta" nothing but the table of contents is read, and each storage says where in the file it lies.
+            tensors = torch.load(file, map_location="meta", weights_only=True)
+        except (CheckpointError, OSError):
+            raise
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{file} holds more than tensors, and reading it could run code. Refused. Save it as safetensors."
+            ) from error
+        except Exception as error:  # whatever a damaged archive or pickle raises
+            raise CheckpointError(
+                f"{file} is corrupt ({type(error).__name__}: {str(error)[:200]}). Copy it again."
+            ) from error
+        size = file.stat().st_size
+        infos = []
+        for name, tensor in tensors.items() if isinstance(tensors, dict) else [("", None)]:
+            if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                raise CheckpointError(f"{file} is no plain dict of names and tensors: {name or type(tensors)!s:.200}.")
+            if tensor.dtype not in DTYPES.values():
+                raise CheckpointError(f"{file} holds {name} as {tensor.dtype}, which is not supported.")
+            start: int = tensor.untyped_storage()._checkpoint_offset or 0
+            offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
+            stride = None if tensor.is_contiguous() else tensor.stride()
+            infos.append((name, TensorInfo(file, offset, tensor.dtype, tuple(tensor.shape), stride)))
+            if start + max(tensor.untyped_storage().nbytes(), tensor.nbytes) > size:  # strides of 0 repeat an element
+                raise CheckpointError(f"{file} is too short for {name}. Copy it again.")
+        return infos
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, in the order in which they lie in the files."""
+        return tuple(self.infos)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.infos[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, as stored."""
+        return self.infos[name].dtype
+
+    def shard_of(self, name: str) -> str:
+        """Name of the file that holds a tensor."""
+        return self.infos[name].file.name
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own, as stored.
+
+        Raises:
+            CheckpointError: The file was cut short or can't be read.
+        """
+        info = self.infos[name]
+        if info.stride is None:
+            (tensor,) = self.blocks(name, max(1, info.numel))
+            return tensor.reshape(info.shape)
+        span = 1 + sum((size - 1) * stride for size, stride in zip(info.shape, info.stride))
+        flat = TensorInfo(info.file, info.offset, info.dtype, (span,))
+        (memory,) = read_blocks(name, flat, span)
+        return memory.as_strided(info.shape, info.stride).contiguous()
+
+    def blocks(self, name: str, elements: int) -> Iterator[Tensor]:
+        """A tensor piece by piece, flattened; an empty one is one empty piece.
+
+        Args:
+            name: Of the tensor.
+            elements: In a piece; the last one may be smaller.
+
+        Yields:
+            1-d tensors in the stored dtype. Each is overwritten by the next one.
+        """
+        info = self.infos[name]
+        if info.stride is None:
+            yield from read_blocks(name, info, elements)
+        else:
+            yield from torch.split(self.read(name).reshape(-1), elements)
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """What belongs to the model beside its weights: config, tokenizer, chat templates, code, licence."""
+        beside = [
+            file
+            for file in sorted(self.path.iterdir())
+            if (file.suffix in BESIDE or file.name.upper() in ("LICENSE", "NOTICE"))
+            and os.path.isfile(file) and file.name not in NOT_BESIDE and not file.name.endswith(".index.json")
+        ]  # fmt: skip
+        beside += sorted(self.path.glob("additional_chat_templates/*.jinja"))
+        for file in beside:
+            check_inside(file, self.path)
+        return tuple(beside)
+
+    @cached_property
+    def model_facts(self) -> ModelFacts:
+        """What the model ties and which tensors are buffers, asked of its class, built without memory for weights."""
+        if self.is_adapter:
+            return ModelFacts((), frozenset(), "")
+        storages: dict[tuple[Path, int], list[str]] = {}  # a .bin says itself which tensors are one
+        for name, info in self.infos.items():
+            if info.file.suffix == ".bin" and info.numel:
+                storages.setdefault((info.file, info.offset), []).append(name)
+        shared = [tuple(group) for group in storages.values() if len(group) > 1]
+        try:
+            _check_size(self.config, max(MANY, len(self.infos)))
+            model = _model_on_meta(self)
+        except Exception as error:  # whatever a config or a class may raise: the weights themselves are still there
+            return ModelFacts(tuple(shared), frozenset(), f"{type(error).__name__}: {' '.join(str(error).split())}")
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        parameters: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameters.setdefault(id(parameter), []).append(name)
+        groups = [group for group in parameters.values() if len(group) > 1]
+        both = ([form for name in group for form in (name, name.removeprefix(prefix))] for group in groups)
+        tied = [tuple(dict.fromkeys(group)) for group in both]
+        tied += [group for group in shared if not any(set(group) <= set(other) for other in tied)]
+        buffers = [name for name, _ in model.named_buffers()]
+        return ModelFacts(tuple(tied), frozenset(form for b in buffers for form in (b, b.removeprefix(prefix))), "")
+
+    @property
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of names that the model holds as one parameter; found from the model's class and shared storages."""
+        return self.model_facts.tied
+
+    @property
+    def buffers(self) -> frozenset[str]:
+        """Names of what the model keeps as buffers: state, not weights."""
+        return self.model_facts.buffers
+
+    def resolve(self, name: str) -> str | None:
+        """The name under which this checkpoint holds a tensor: its own, or that of one tied to it; None if it has none.
+
+        Of tied tensors a file of safetensors holds one, and a `.bin` holds all.
+        """
+        if name in self.infos:
+            return name
+        group = next((group for group in self.tied if name in group), ())
+        return next((other for other in group if other in self.infos), None)
+
+
+def read_blocks(name: str, info: TensorInfo, elements: int) -> Iterator[Tensor]:
+    """The contiguous tensor that `info` describes, in flat pieces; see `Checkpoint.blocks`."""
+    size = info.dtype.itemsize
+    count = min(elements, info.numel)
+    if not count:
+        yield torch.empty(0, dtype=info.dtype)
+        return
+    memory = bytearray(count * size)
+    view = memoryview(memory)
+    with open(info.file, "rb", buffering=0) as stream:
+        stream.seek(info.offset)
+        for start in range(0, info.numel, count):
+            want = min(count, info.numel - start) * size
+            have = 0
+            while have < want:
+                try:
+                    got = stream.readinto(view[have:want])
+                except OSError as error:
+                    raise CheckpointError(f"{name} in {info.file} can not be read: {error.strerror}.") from error
+                if not got:
+                    raise CheckpointError(f"{info.file} ends within {name}. Copy it again.")
+                have += got
+            yield torch.frombuffer(memory, dtype=info.dtype, count=want // size)
+
+
+def read_text(file: Path) -> str:
+    """What a file of text holds, if it is one (a pipe might never end) and of a size to be read whole.
+
+    Raises:
+        OSError, ValueError: It can't be read.
+    """
+    if not os.path.isfile(file):  # Path.is_file raises where a name is too long
+        raise FileNotFoundError("there is no such file")
+    if (size := file.stat().st_size) > LARGEST_TEXT:
+        raise OSError(f"its {size:,} bytes are too many")
+    return file.read_text(encoding="utf-8")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: There is no such file, or something else is in it.
+    """
+    try:
+        content = json.loads(read_text(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} can not be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object.")
+    return content
+
+
+def check_records(file: Path) -> None:
+    """Refuse a file of torch.save that would take more memory than it takes of the disk.
+
+    Raises:
+        CheckpointError: It is compressed, or its table of contents is too large.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(f"{file} is compressed, which torch.save never does. Refused.")
+            if record.filename.endswith("data.pkl") and record.file_size > LARGEST_PICKLE:
+                raise CheckpointError(f"{file} has a table of contents of {record.file_size} bytes. Refused.")
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Refuse links that lead out of a checkpoint's folder, but for those by which the Hugging Face cache stores blobs.
+
+    Raises:
+        CheckpointError: `file` is such a link.
+    """
+    home = Path(os.path.realpath(folder))  # resolve() raises where links lead round
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    target = Path(os.path.realpath(file))
+    if not any(target.is_relative_to(home) for home in homes):
+        raise CheckpointError(f"{file} is a link to {target}, outside its folder. Refused: put a copy in its place.")
+
+
+def _check_size(config: Any, most: int) -> None:
+    """Refuse to build a model of more layers or experts than there could be weights for: it would take for ever."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        _check_size(value, most)
+        if isinstance(value, (int, float)) and value > most and re.search("layer|expert|block|depth", key):
+            raise ValueError(f"the config says {key}: {value:.6g}, and there are not so many tensors")
+
+
+def _model_on_meta(checkpoint: Checkpoint) -> torch.nn.Module:
+    """The checkpoint's model without weights. Runs code from the checkpoint's folder only where that is trusted."""
+    import transformers
+
+    trust = checkpoint.trust_remote_code
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust, local_files_only=True)
+    known: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    auto: Any = transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        model: torch.nn.Module = known(config) if known else auto.from_config(config, trust_remote_code=trust)
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def weights_in(path: Path) -> Path | None:
+    """The file of weights, or of their index, of the checkpoint in a folder; None if there is none."""
+    return next((path / name for name in ADAPTER + FULL if os.path.exists(path / name)), None)
+
+
+def open_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Open a folder with a model or a PEFT adapter: read its table of contents, none of its weights.
+
+    Args:
+        path: The folder.
+        trust_remote_code: Allow running Python code from the folder to learn which weights the model ties.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or its files are damaged, contradict each other or lead elsewhere.
+    """
+    path = Path(path)
+    if not os.path.isdir(path):
+        raise CheckpointError(f"{path} is no folder. Give the folder of a checkpoint.")
+    weights = weights_in(path)
+    if weights is None:
+        shards = sorted(path.glob("*-of-*.safetensors")) + sorted(path.glob("*-of-*.bin"))
+        if shards:
+            raise CheckpointError(f"{path} holds shards such as {shards[0].name}, but no index of them. Copy that too.")
+        if any(path.glob("model_world_size_*")) or any(path.glob("actor/model_world_size_*")):
+            raise CheckpointError(
+                f"{path} holds verl's FSDP shards. Merge them first: python -m verl.model_merger merge "
+                f"--backend fsdp --local_dir {path} --target_dir DIR"
+            )
+        raise CheckpointError(f"{path} holds no weights: none of {', '.join(ADAPTER + FULL)}.")
+    return Checkpoint(path, weights, trust_remote_code)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_same_family(a: Checkpoint, b: Checkpoint) -> None:
+    """Refuse two checkpoints whose weights can't be put into one sum.
+
+    Raises:
+        CheckpointError: They differ in kind, model type, adapter settings, names, shapes or dtypes.
+    """
+    where = f"{a.path} and {b.path}"
+    if a.is_adapter != b.is_adapter:
+        raise CheckpointError(f"{where}: one is an adapter, the other a whole model. Merge the adapter first.")
+    same = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
+    for key in same if a.is_adapter else ("model_type",):
+        if a.config.get(key) != b.config.get(key):
+            raise CheckpointError(f"{where} have {key} {a.config.get(key)} and {b.config.get(key)}: mixed families.")
+    for one, other in ((a, b), (b, a)):
+        # Most pairs have the same names, and then the model's class need not be asked what is tied.
+        absent = [name for name in one.infos if name not in other.infos and other.resolve(name) is None]
+        if absent:
+            raise CheckpointError(f"{other.path} lacks {some(absent)}, which {one.path} has.")
+    for name, info in b.infos.items():
+        other_name = a.resolve(name)
+        assert other_name is not None
+        other_info = a.infos[other_name]
+        for what, left, right in (("shape", other_info.shape, info.shape), ("dtype", other_info.dtype, info.dtype)):
+            if left != right:
+                raise CheckpointError(f"{name} has {what} {left} in {a.path} but {right} in {b.path}.")
