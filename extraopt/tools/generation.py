@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .checkpoints import CheckpointError
 from .checkpoints.models import Prompt, base_of, check_tokens, encode_prompt, load_model, load_tokenizer
-from .checkpoints.read import read_text
+from .checkpoints.safety import read_text
 from .decoding import LogitsExtrapolation
 
 

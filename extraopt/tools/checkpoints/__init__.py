@@ -3,9 +3,13 @@
 Nothing here is imported by `import extraopt`.
 """
 
-from .extrapolate import Extrapolation, LoraError, Sweep, coefficients, extrapolate, sweep
+from .extrapolate import Extrapolation, extrapolate
 from .find import find_checkpoints
-from .read import Checkpoint, CheckpointError, check_same_family, open_checkpoint
+from .lora import LoraError
+from .plan import coefficients
+from .read import Checkpoint, check_same_family, open_checkpoint
+from .safety import CheckpointError
+from .sweep import Sweep, sweep
 
 __all__ = [
     "Checkpoint",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
 import time
@@ -27,35 +26,15 @@ import torch
 from torch import Tensor
 
 from .find import numbered
-from .read import Checkpoint, CheckpointError, check_same_family, open_checkpoint
+from .lora import LoraError, factors, finite, not_finite, sum_of
+from .plan import line
+from .read import Checkpoint, check_same_family, open_checkpoint
+from .safety import CheckpointError
 from .write import fsync, new_folder, write_all, write_header, write_text
 
 BLOCK = 1 << 15  # elements: stays in a core's cache, and torch starts no threads, which would cost more than they do
-FACTORS = ((".lora_A", ".lora_B"), (".lora_embedding_A", ".lora_embedding_B"))
 
 Progress = Callable[[float, float], None]
-
-
-@dataclass
-class LoraError:
-    """What became of a LoRA update, summed over all pairs of factors.
-
-    Errors are lengths of what the written B A misses of the sum of the products, in parts of the jump (the distance
-    from the last checkpoint's product to that sum). All lengths are Frobenius norms without the adapter's scale.
-
-    Attributes:
-        pairs: Pairs of factors.
-        jump: Length of the jump.
-        cross_term: Error of extrapolating A and B one by one: for two checkpoints alpha (1 + alpha) |dB dA| / jump.
-        truncation: Error of the product, cut back to the adapter's rank: the least that any pair of this rank can have.
-        written: Which of both is in the files: "product" or "factors".
-    """
-
-    pairs: int = 0
-    jump: float = 0.0
-    cross_term: float = 0.0
-    truncation: float = 0.0
-    written: Literal["product", "factors"] = "product"
 
 
 @dataclass
@@ -89,38 +68,6 @@ class Extrapolation:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-def coefficients(
-    steps: Sequence[float], to: float, *, fit: Literal["line", "ols"] = "line", average: int = 1
-) -> list[float]:
-    """The weight of each checkpoint in the extrapolated one; they add up to 1.
-
-    Args:
-        steps: Of the checkpoints, increasing.
-        to: Step to extrapolate to.
-        fit: "line": the line through two points. "ols": each weight's least-squares line over all points (RELEX, arXiv
-            2605.21468, without its rank-1 filter).
-        average: Each point is the mean of so many checkpoints in a row (Extra-Merge, arXiv 2605.26484, averages first).
-
-    Raises:
-        CheckpointError: The steps do not increase, or there are not enough or too many points.
-    """
-    if any(not later > earlier for earlier, later in zip(steps, steps[1:])) or not all(map(math.isfinite, steps)):
-        raise CheckpointError(f"The steps {list(steps)} do not increase. Give the checkpoints in order, or --steps.")
-    if average < 1 or len(steps) % average:
-        raise CheckpointError(f"{len(steps)} checkpoints can not be averaged {average} by {average}.")
-    points = [sum(steps[i : i + average]) / average for i in range(0, len(steps), average)]
-    if len(points) < 2:
-        raise CheckpointError(f"{len(steps)} checkpoints averaged by {average} make {len(points)} point, not a line.")
-    if fit == "line" and len(points) > 2:
-        raise CheckpointError(f"A line goes through two points, not {len(points)}. Use --fit ols, or --average.")
-    mean = sum(points) / len(points)
-    spread = sum((point - mean) * (point - mean) for point in points)  # no power, which raises where it overflows
-    if not 0 < spread < math.inf:
-        raise CheckpointError(f"The steps {list(steps)} are too large or too close together.")
-    of_points = [1 / len(points) + (to - mean) * (point - mean) / spread for point in points]
-    return [weight / average for weight in of_points for _ in range(average)]
 
 
 class _Sum:
@@ -160,7 +107,7 @@ class _Sum:
             self.report.copied.append(name)
             check = self.last.dtype(name).is_floating_point and name not in self.last.buffers
             for block in self.last.blocks(name, BLOCK):
-                if check and not _finite(block):
+                if check and not finite(block):
                     raise not_finite(name, self.last)
                 yield block
             return
@@ -179,9 +126,9 @@ class _Sum:
             for weight, block in zip(self.weights[:-1], blocks):
                 total.add_(block.double().sub_(last), alpha=weight)
             new.resize_(total.shape).copy_(total)
-            if not _finite(new):
+            if not finite(new):
                 for checkpoint, block in zip(self.checkpoints, blocks):
-                    if not _finite(block):
+                    if not finite(block):
                         raise not_finite(name, checkpoint)
                 raise CheckpointError(f"{name} leaves the range of {new.dtype} at this alpha. Use a smaller one.")
             yield new
@@ -197,7 +144,7 @@ class _Sum:
         for checkpoint in self.checkpoints:
             for name, all_factors in ((name_a, a_all), (name_b, b_all)):
                 factor = checkpoint.read(name).double()
-                if not _finite(factor):
+                if not finite(factor):
                     raise not_finite(name, checkpoint)
                 all_factors.append(factor)
         a_shape, b_shape = a_all[0].shape, b_all[0].shape
@@ -222,7 +169,7 @@ class _Sum:
             new_a[: len(kept)] = kept[:, None] * (right[: len(kept)] @ p.mT)
             new_b[:, : len(kept)] = q @ left[:, : len(kept)] * kept
         new = new_a.reshape(a_shape).to(self.last.dtype(name_a)), new_b.reshape(b_shape).to(self.last.dtype(name_b))
-        if not all(map(_finite, new)):
+        if not all(map(finite, new)):
             raise CheckpointError(f"{name_a} or its B leaves the range of its dtype at this alpha. Use a smaller one.")
         return new
 
@@ -273,34 +220,6 @@ class _Sum:
         return first != name and (twin.file, twin.offset) == (info.file, info.offset)
 
 
-def factors(name: str) -> tuple[str, str] | None:
-    """The names of both LoRA factors, given that of one; None for another tensor."""
-    for a, b in FACTORS:
-        if a in name or b in name:
-            return name.replace(b, a), name.replace(a, b)
-    return None
-
-
-def sum_of(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of w W, where the w add up to 1, by way of differences from the last."""
-    total = tensors[-1].clone()
-    for weight, tensor in zip(weights[:-1], tensors):
-        total.add_(tensor - tensors[-1], alpha=weight)
-    return total
-
-
-def not_finite(name: str, checkpoint: Checkpoint) -> CheckpointError:
-    """The error for NaN or infinity among weights."""
-    file = checkpoint.path / checkpoint.shard_of(checkpoint.resolve(name) or name)
-    return CheckpointError(f"{name} in {file} holds NaN or infinity. Use a checkpoint from before that.")
-
-
-def _finite(block: Tensor) -> bool:
-    # one pass; the sum of finite numbers may overflow, and then they are looked at one by one
-    total = block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
-    return math.isfinite(total.item()) or bool(block.isfinite().all())
-
-
 def extrapolate(
     checkpoints: Sequence[str | Path],
     out: str | Path,
@@ -344,7 +263,7 @@ def extrapolate(
     """
     start = time.perf_counter()
     found = numbered(checkpoints)
-    paths, weights, alpha = _line(found, alpha, to, steps, fit, average)
+    paths, weights, alpha = line(found, alpha, to, steps, fit, average)
     opened = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
     for checkpoint in opened[:-1]:
         check_same_family(checkpoint, opened[-1])
@@ -370,89 +289,3 @@ def extrapolate(
             report.lora.cross_term, report.lora.truncation = cross_term / jump, truncation / jump
     report.seconds = time.perf_counter() - start
     return report
-
-
-def _line(
-    found: list[tuple[int | None, Path]], alpha: float | None, to: float | None, steps: Sequence[float] | None,
-    fit: Literal["line", "ols"], average: int,
-) -> tuple[list[Path], list[float], float]:  # fmt: skip
-    """The checkpoints, their weights in the sum, and alpha."""
-    if (alpha is None) == (to is None):
-        raise CheckpointError("Say how far: either --alpha, or --to with the steps of the checkpoints.")
-    if len(found) < 2:
-        raise CheckpointError(f"{found[0][1]}: it takes two checkpoints to make a line.")
-    if steps is None:
-        of_run = [step for step, _ in found if step is not None]
-        if len(of_run) == len(found):
-            steps = of_run
-        elif alpha is not None and len(found) == 2 * average:
-            steps = range(len(found))  # alpha is in distances between two points, wherever they are
-        else:
-            raise CheckpointError("The folders' names do not end in steps of one run. Give --steps.")
-    if len(steps) != len(found):
-        raise CheckpointError(f"There are {len(steps)} steps for {len(found)} checkpoints. Give one for each.")
-    first, last = sum(steps[:average]) / average, sum(steps[-average:]) / average
-    if to is None:
-        assert alpha is not None
-        to = last + alpha * (last - first)
-    weights = coefficients(steps, to, fit=fit, average=average)
-    if not math.isfinite(to):
-        raise CheckpointError("How far to go is no finite number.")
-    return [path for _, path in found], weights, (to - last) / (last - first)
-
-
-@dataclass
-class Sweep:
-    """A sweep over alpha.
-
-    Attributes:
-        rows: Alpha, folder and score of each model; alpha 0 is the last checkpoint itself. No scores without an
-            evaluation.
-        best: The row with the highest score.
-    """
-
-    rows: list[dict[str, Any]]
-    best: dict[str, Any] | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-def sweep(
-    checkpoints: Sequence[str | Path],
-    out: str | Path,
-    alphas: Sequence[float],
-    evaluate: Callable[[Path], float] | None = None,
-    **options: Any,
-) -> Sweep:
-    """Extrapolate by several alphas, into `out/alpha-1`, `out/alpha-2`, ..., and score each.
-
-    Args:
-        checkpoints: As for `extrapolate`.
-        out: New folder.
-        alphas: How far.
-        evaluate: Score of the model in a folder, higher is better; called for the last checkpoint too.
-        options: Of `extrapolate`.
-
-    Returns:
-        Scores, by alpha. Also written to `out/sweep.json`.
-
-    Raises:
-        CheckpointError: As `extrapolate`; models written before it stay.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is there and not empty. Give a new folder.")
-    rows: list[dict[str, Any]] = []
-    if evaluate:
-        last = numbered(checkpoints)[-1][1]
-        open_checkpoint(last)
-        rows.append({"alpha": 0.0, "dir": str(last), "score": float(evaluate(last))})
-    for alpha in sorted(set(alphas)):
-        folder = extrapolate(checkpoints, out / f"alpha-{alpha:g}", alpha=alpha, **options).out
-        rows.append({"alpha": alpha, "dir": str(folder), "score": float(evaluate(folder)) if evaluate else None})
-    best = max(rows, key=lambda row: row["score"]) if evaluate else None
-    result = Sweep(rows, best)
-    write_text(out / "sweep.json", json.dumps(result.as_dict(), indent=1) + "\n")
-    return result

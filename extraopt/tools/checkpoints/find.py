@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .read import CheckpointError, open_checkpoint, weights_in
+from .read import open_checkpoint, weights_in
+from .safety import CheckpointError
 
 INSIDE = (".", "actor/huggingface", "huggingface", "actor")  # of global_step_*: where verl puts Hugging Face folders
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from ...gate import momentum_coherence
 from .forecast import advise, chance, forecast, reach
 from .paths import PAPER, Filter, Paths, measure
-from .read import Checkpoint, CheckpointError, check_same_family, open_checkpoint
+from .read import Checkpoint, check_same_family, open_checkpoint
+from .safety import CheckpointError
 
 CHUNK = 2**22  # float64 numbers worked on at once: 32 MB, and a few copies of it
 FEW = 5  # checkpoints below which no advice is given: one held-out forecast is an anecdote

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .read import CheckpointError, read_json
+from .safety import CheckpointError, read_json
 
 Prompt = str | list[dict[str, str]]  # a text, or messages with role and content
 

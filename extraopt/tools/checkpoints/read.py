@@ -11,7 +11,6 @@ import json
 import math
 import os
 import pickle
-import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...knobs import MOST
+from .introspection import ModelFacts, ask_model
+from .safety import LARGEST_SHAPE, CheckpointError, check_inside, check_records, read_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -35,17 +35,6 @@ ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 # trainer_state.json, training_args.bin, ...) belongs to a run, and is untrue of any other weights.
 BESIDE = {".json", ".jsonl", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".spm", ".bpe", ".vocab"}
 NOT_BESIDE = {"trainer_state.json", "zero_to_fp32.py"}
-LARGEST_TEXT = 2**28  # bytes of a config, an index or prompts
-LARGEST_PICKLE = 2**28  # bytes of the table of contents of a `.bin`
-MANY = 1000  # layers or experts that a config may name without a tensor for each
-
-
-class CheckpointError(ValueError):
-    """What is wrong with a checkpoint, where, and what to do about it: always one line."""
-
-    def __init__(self, message: str):
-        words = " ".join(message.split())
-        super().__init__(words if len(words) <= 2000 else f"{words[:1000]} ... {words[-1000:]}")
 
 
 @dataclass(frozen=True)
@@ -75,18 +64,6 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Size in bytes, were it contiguous."""
         return self.numel * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What only the model's class knows; `unknown` says why it could not be asked, or is empty.
-
-    Names are those of the model, with and without the prefix of its base model: checkpoints come with either.
-    """
-
-    tied: tuple[tuple[str, ...], ...]
-    buffers: frozenset[str]
-    unknown: str
 
 
 class Checkpoint:
@@ -166,7 +143,9 @@ class Checkpoint:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in DTYPES:
                 raise CheckpointError(f"{file} holds {name} as {entry['dtype']}, which is not supported.")
-            if math.prod(max(1, size) for size in entry["shape"]) > MOST:  # a size of 0 beside it makes it fit any file
+            if (
+                math.prod(max(1, size) for size in entry["shape"]) > LARGEST_SHAPE
+            ):  # a size of 0 beside it makes it fit any file
                 raise CheckpointError(f"{file} holds {name} of shape {entry['shape']}, which no tensor has.")
             offset = 8 + length + entry["data_offsets"][0]
             infos.append((name, TensorInfo(file, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))))
@@ -269,29 +248,8 @@ class Checkpoint:
 
     @cached_property
     def model_facts(self) -> ModelFacts:
-        """What the model ties and which tensors are buffers, asked of its class, built without memory for weights."""
-        if self.is_adapter:
-            return ModelFacts((), frozenset(), "")
-        storages: dict[tuple[Path, int], list[str]] = {}  # a .bin says itself which tensors are one
-        for name, info in self.infos.items():
-            if info.file.suffix == ".bin" and info.numel:
-                storages.setdefault((info.file, info.offset), []).append(name)
-        shared = [tuple(group) for group in storages.values() if len(group) > 1]
-        try:
-            _check_size(self.config, max(MANY, len(self.infos)))
-            model = _model_on_meta(self)
-        except Exception as error:  # whatever a config or a class may raise: the weights themselves are still there
-            return ModelFacts(tuple(shared), frozenset(), f"{type(error).__name__}: {' '.join(str(error).split())}")
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        parameters: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameters.setdefault(id(parameter), []).append(name)
-        groups = [group for group in parameters.values() if len(group) > 1]
-        both = ([form for name in group for form in (name, name.removeprefix(prefix))] for group in groups)
-        tied = [tuple(dict.fromkeys(group)) for group in both]
-        tied += [group for group in shared if not any(set(group) <= set(other) for other in tied)]
-        buffers = [name for name, _ in model.named_buffers()]
-        return ModelFacts(tuple(tied), frozenset(form for b in buffers for form in (b, b.removeprefix(prefix))), "")
+        """What the model ties and which tensors are buffers, asked of its class."""
+        return ask_model(self)
 
     @property
     def tied(self) -> tuple[tuple[str, ...], ...]:
@@ -337,83 +295,6 @@ def read_blocks(name: str, info: TensorInfo, elements: int) -> Iterator[Tensor]:
                     raise CheckpointError(f"{info.file} ends within {name}. Copy it again.")
                 have += got
             yield torch.frombuffer(memory, dtype=info.dtype, count=want // size)
-
-
-def read_text(file: Path) -> str:
-    """What a file of text holds, if it is one (a pipe might never end) and of a size to be read whole.
-
-    Raises:
-        OSError, ValueError: It can't be read.
-    """
-    if not os.path.isfile(file):  # Path.is_file raises where a name is too long
-        raise FileNotFoundError("there is no such file")
-    if (size := file.stat().st_size) > LARGEST_TEXT:
-        raise OSError(f"its {size:,} bytes are too many")
-    return file.read_text(encoding="utf-8")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: There is no such file, or something else is in it.
-    """
-    try:
-        content = json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} can not be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds no JSON object.")
-    return content
-
-
-def check_records(file: Path) -> None:
-    """Refuse a file of torch.save that would take more memory than it takes of the disk.
-
-    Raises:
-        CheckpointError: It is compressed, or its table of contents is too large.
-    """
-    with zipfile.ZipFile(file) as archive:
-        for record in archive.infolist():
-            if record.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(f"{file} is compressed, which torch.save never does. Refused.")
-            if record.filename.endswith("data.pkl") and record.file_size > LARGEST_PICKLE:
-                raise CheckpointError(f"{file} has a table of contents of {record.file_size} bytes. Refused.")
-
-
-def check_inside(file: Path, folder: Path) -> None:
-    """Refuse links that lead out of a checkpoint's folder, but for those by which the Hugging Face cache stores blobs.
-
-    Raises:
-        CheckpointError: `file` is such a link.
-    """
-    home = Path(os.path.realpath(folder))  # resolve() raises where links lead round
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    target = Path(os.path.realpath(file))
-    if not any(target.is_relative_to(home) for home in homes):
-        raise CheckpointError(f"{file} is a link to {target}, outside its folder. Refused: put a copy in its place.")
-
-
-def _check_size(config: Any, most: int) -> None:
-    """Refuse to build a model of more layers or experts than there could be weights for: it would take for ever."""
-    for key, value in config.items() if isinstance(config, dict) else ():
-        _check_size(value, most)
-        if isinstance(value, (int, float)) and value > most and re.search("layer|expert|block|depth", key):
-            raise ValueError(f"the config says {key}: {value:.6g}, and there are not so many tensors")
-
-
-def _model_on_meta(checkpoint: Checkpoint) -> torch.nn.Module:
-    """The checkpoint's model without weights. Runs code from the checkpoint's folder only where that is trusted."""
-    import transformers
-
-    trust = checkpoint.trust_remote_code
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust, local_files_only=True)
-    known: Any = getattr(transformers, (config.architectures or [""])[0], None)
-    auto: Any = transformers.AutoModelForCausalLM
-    with torch.device("meta"):
-        model: torch.nn.Module = known(config) if known else auto.from_config(config, trust_remote_code=trust)
-    model.tie_weights()  # type: ignore[operator]
-    return model
 
 
 def weights_in(path: Path) -> Path | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .models import check_tokens, encode_prompt, load_model, load_tokenizer
 from .paths import Filter, fit, measure
-from .read import CheckpointError, read_text
+from .safety import CheckpointError, read_text
 
 MOVED = Filter(min_move=0.2, min_values=0)  # the paper's: tokens whose log-probability moved by more than this, in nats
 SHOWN = 50  # tokens and words listed

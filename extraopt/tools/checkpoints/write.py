@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .read import DTYPES, Checkpoint, CheckpointError
+from .read import DTYPES, Checkpoint
+from .safety import CheckpointError
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
