@@ -18,7 +18,7 @@ _CPU_BLOCK, _ACCELERATOR_BLOCK = 1 << 17, 1 << 24
 # Sums run over rows of at most this length, each row on one thread: no thread count changes their order.
 _ROW = 1 << 10
 Work = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor] | None]
-_PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements anywhere
+PLAIN = {Tensor, torch.nn.Parameter}  # a subclass may keep its elements anywhere
 
 
 def is_dense(t: Tensor) -> bool:
@@ -40,7 +40,7 @@ def same_storage_order(p: Tensor, a: Tensor, v: Tensor | None) -> bool:
     """
     dtype, device, shape, stride = p.dtype, p.device, p.shape, p.stride()
     for t in (p, a) if v is None else (p, a, v):
-        if type(t) not in _PLAIN or t.layout is not torch.strided or t.is_neg():
+        if type(t) not in PLAIN or t.layout is not torch.strided or t.is_neg():
             return False
         if t is not p and (t.dtype != dtype or t.device != device or t.shape != shape or t.stride() != stride):
             return False
@@ -100,12 +100,12 @@ def _as(t: Tensor, row: Tensor) -> Tensor:
 
 
 def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Work:
-    """What `cycle_sums` and `jump_` take: real tensors of any layout, all on one device."""
+    """What the operations take: real tensors of any layout, all on one device."""
     return params, anchors, drifts
 
 
 def cycle_sums(work: Work) -> Tensor:
-    """The sums of `extraopt.kernels.Lists`, on the device."""
+    """The sums of `extraopt.kernels.TensorLists`, on the device."""
     params, anchors, drifts = work
     totals, scratches = [], _scratches(params, 5)
     for i, (p, a) in enumerate(zip(params, anchors)):
@@ -136,18 +136,46 @@ def _block_sums(part: Sequence[Tensor], scratch: _Scratch) -> Tensor:
     return sums if body == n else sums + products[:, body:].sum(1)
 
 
-def jump_(work: Work, ratios: Sequence[float], retreats: Sequence[float], weight: float) -> None:
-    """The jump of `extraopt.kernels.Lists`: float32 (float64 for float64 tensors), one rounding into each output."""
+def _each(work: Work, rows: int) -> Iterator[tuple[int, Sequence[Tensor], _Scratch]]:
+    """Index of a tensor, a block of its parameter, anchor and drift estimate to write in, and scratch for it."""
     params, anchors, drifts = work
-    scratches = _scratches(params, 3)
+    scratches = _scratches(params, rows)
     for i, (p, a) in enumerate(zip(params, anchors)):
         tensors = [p, a] if drifts is None else [p, a, drifts[i]]
         views = flat(tensors)
         if views is None:
-            _block_jump_(tensors, ratios[i], retreats[i], weight, _Scratch(p, 3, p.numel()))
+            yield i, tensors, _Scratch(p, rows, p.numel())
         else:
             for part in _blocks(views):
-                _block_jump_(part, ratios[i], retreats[i], weight, scratches[p.dtype == torch.float64])
+                yield i, part, scratches[p.dtype == torch.float64]
+
+
+def jump_(work: Work, ratios: Tensor, retreats: Tensor, weight: float) -> None:
+    """The jump of `extraopt.kernels.TensorLists`: float32 (float64 for float64), one rounding into each output."""
+    factors = list(zip(ratios.tolist(), retreats.tolist()))
+    for i, part, scratch in _each(work, 3):
+        _block_jump_(part, *factors[i], weight, scratch)
+
+
+def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:
+    """The retreat of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
+    factors = list(zip(retreats.tolist(), weights.tolist()))
+    for i, part, scratch in _each(work, 3):
+        _block_retreat_(part, *factors[i], scratch)
+
+
+def trial_(work: Work, ratios: Tensor) -> None:
+    """The trial of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
+    factors = ratios.tolist()
+    for i, part, scratch in _each(work, 2):
+        _block_trial_(part, factors[i], scratch)
+
+
+def anchor_(work: Work) -> None:
+    """A <- E."""
+    params, anchors, _ = work
+    if params:
+        torch._foreach_copy_(anchors, params)
 
 
 def _block_jump_(part: Sequence[Tensor], ratio: float, retreat: float, weight: float, scratch: _Scratch) -> None:
@@ -168,3 +196,24 @@ def _block_jump_(part: Sequence[Tensor], ratio: float, retreat: float, weight: f
     if e.dtype != p.dtype:
         p.copy_(e)
     a.copy_(p)
+
+
+def _block_retreat_(part: Sequence[Tensor], retreat: float, weight: float, scratch: _Scratch) -> None:
+    p, a, v = part
+    rows = scratch.rows(p.numel())
+    e, d = _as(p, rows[0]), rows[1].view(p.shape)
+    torch.sub(e, _as(a, rows[1]), out=d)
+    w = _as(v, rows[2]).lerp_(d, weight)
+    if w.dtype != v.dtype:
+        v.copy_(w)
+    a.copy_(torch.add(e, d, alpha=-retreat, out=d) if retreat else p)
+
+
+def _block_trial_(part: Sequence[Tensor], ratio: float, scratch: _Scratch) -> None:
+    p, a, v = part
+    rows = scratch.rows(p.numel())
+    w = p.copy_(a) if p.dtype == rows[0].dtype else rows[0].view(p.shape).copy_(a)
+    if ratio:
+        w.add_(_as(v, rows[1]), alpha=ratio)
+    if w.dtype != p.dtype:
+        p.copy_(w)

@@ -1,9 +1,9 @@
 """The rule on a GPU: one Triton launch per dtype over every tensor of a list.
 
 A kernel can't take a list of hundreds of tensors, so the tensors are described by two small tables on the device.
-`tensors` is int64 [G, 6], a row per tensor: addresses of param, anchor and drift (0: none), number of elements, number
-of its first chunk, place in the caller's list. `chunks` is int32 [C]: the row of `tensors` that chunk c belongs to.
-Program c works on the elements of that tensor from (c - first) * CHUNK on.
+`tensors` is int64 [G, 6], a row per tensor: addresses of param, anchor and drift estimate (0: none), number of
+elements, number of its first chunk, index in the caller's list. `chunks` is int32 [C]: the row of `tensors` that chunk
+c belongs to. Program c works on the elements of that tensor from (c - first) * CHUNK on.
 
 Tensors are flat storage here: all that matters is that the three have the same dense layout. Nothing is autotuned (that
 would run an in-place kernel several times on the data), and nothing is summed by atomics (that would make the order of
@@ -79,8 +79,15 @@ def _fma(x, y, z, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def _lerp(v, d, weight, INTERPRET: tl.constexpr):
+    """lerp(v, d, weight), in the form that torch uses."""
+    small = weight < 0.5
+    return _fma(d - v, tl.where(small, weight, weight - 1.0), tl.where(small, v, d), INTERPRET)
+
+
+@triton.jit
 def _locate(tensors, chunks, CHUNK: tl.constexpr, VEC: tl.constexpr):
-    """This program's work: addresses of param, anchor, drift; first element, count, place in the list; all aligned?"""
+    """This program's work: addresses of param, anchor, drift; first element, count, index in the list; all aligned?"""
     chunk = tl.program_id(0)
     row = tensors + tl.load(chunks + chunk).to(tl.int64) * 6
     p, a, v = tl.load(row), tl.load(row + 1), tl.load(row + 2)
@@ -105,10 +112,8 @@ def _jump_chunk(
         p = _load(p_pointer, offsets, mask, DTYPE, INTERPRET)
         d = p - _load(a_pointer, offsets, mask, DTYPE, INTERPRET)
         v = d
-        if HAS_V:  # v = lerp(v, d, weight), in the form that torch uses
-            v = _load(v_pointer, offsets, mask, DTYPE, INTERPRET)
-            small = weight < 0.5
-            v = _fma(d - v, tl.where(small, weight, weight - 1.0), tl.where(small, v, d), INTERPRET)
+        if HAS_V:
+            v = _lerp(_load(v_pointer, offsets, mask, DTYPE, INTERPRET), d, weight, INTERPRET)
             _store(v_pointer, offsets, v, mask, DTYPE, INTERPRET)
         p = tl.where(ratio == 0.0, p, _fma(v, ratio, p, INTERPRET))  # 0 * v + p would lose the sign of -0.0
         p = tl.where(retreat == 0.0, p, _fma(d, -retreat, p, INTERPRET))
@@ -126,12 +131,76 @@ def _jump_kernel(
 
     `factors`: ratio and retreat of each tensor, float32 [T, 2]; `weight`: float32.
     """
-    p, a, v, start, n, place, aligned = _locate(tensors, chunks, CHUNK, VEC)
-    ratio, retreat = tl.load(factors + 2 * place), tl.load(factors + 2 * place + 1)
+    p, a, v, start, n, index, aligned = _locate(tensors, chunks, CHUNK, VEC)
+    ratio, retreat = tl.load(factors + 2 * index), tl.load(factors + 2 * index + 1)
     if aligned:
         _jump_chunk(p, a, v, start, n, ratio, retreat, weight, DTYPE, HAS_V, VEC, BLOCK, INTERPRET)
     else:
         _jump_chunk(p, a, v, start, n, ratio, retreat, weight, DTYPE, HAS_V, 1, BLOCK, INTERPRET)
+
+
+@triton.jit
+def _retreat_chunk(
+    p_address, a_address, v_address, start, n, retreat, weight,
+    DTYPE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    p_pointer = _pointer(p_address, start, DTYPE, VEC)
+    a_pointer = _pointer(a_address, start, DTYPE, VEC)
+    v_pointer = _pointer(v_address, start, DTYPE, VEC)
+    for i in range(0, n, BLOCK):
+        offsets = i + tl.arange(0, BLOCK)
+        mask = offsets < n // VEC * VEC
+        p = _load(p_pointer, offsets, mask, DTYPE, INTERPRET)
+        d = p - _load(a_pointer, offsets, mask, DTYPE, INTERPRET)
+        v = _lerp(_load(v_pointer, offsets, mask, DTYPE, INTERPRET), d, weight, INTERPRET)
+        _store(v_pointer, offsets, v, mask, DTYPE, INTERPRET)
+        a = tl.where(retreat == 0.0, p, _fma(d, -retreat, p, INTERPRET))  # 0 * d + p would lose the sign of -0.0
+        _store(a_pointer, offsets, a, mask, DTYPE, INTERPRET)
+
+
+@triton.jit
+def _retreat_kernel(
+    tensors, chunks, factors,
+    DTYPE: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """d = p - a; v = lerp(v, d, weight); a = p - retreat * d. `factors`: retreat and weight, float32 [T, 2]."""
+    p, a, v, start, n, index, aligned = _locate(tensors, chunks, CHUNK, VEC)
+    retreat, weight = tl.load(factors + 2 * index), tl.load(factors + 2 * index + 1)
+    if aligned:
+        _retreat_chunk(p, a, v, start, n, retreat, weight, DTYPE, VEC, BLOCK, INTERPRET)
+    else:
+        _retreat_chunk(p, a, v, start, n, retreat, weight, DTYPE, 1, BLOCK, INTERPRET)
+
+
+@triton.jit
+def _trial_chunk(
+    p_address, a_address, v_address, start, n, ratio,
+    DTYPE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    p_pointer = _pointer(p_address, start, DTYPE, VEC)
+    a_pointer = _pointer(a_address, start, DTYPE, VEC)
+    v_pointer = _pointer(v_address, start, DTYPE, VEC)
+    for i in range(0, n, BLOCK):
+        offsets = i + tl.arange(0, BLOCK)
+        mask = offsets < n // VEC * VEC
+        a = _load(a_pointer, offsets, mask, DTYPE, INTERPRET)
+        v = _load(v_pointer, offsets, mask, DTYPE, INTERPRET)
+        p = tl.where(ratio == 0.0, a, _fma(v, ratio, a, INTERPRET))
+        _store(p_pointer, offsets, p, mask, DTYPE, INTERPRET)
+
+
+@triton.jit
+def _trial_kernel(
+    tensors, chunks, factors,
+    DTYPE: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """p = a + ratio * v. `factors`: ratio, float32 [T]."""
+    p, a, v, start, n, index, aligned = _locate(tensors, chunks, CHUNK, VEC)
+    ratio = tl.load(factors + index)
+    if aligned:
+        _trial_chunk(p, a, v, start, n, ratio, DTYPE, VEC, BLOCK, INTERPRET)
+    else:
+        _trial_chunk(p, a, v, start, n, ratio, DTYPE, 1, BLOCK, INTERPRET)
 
 
 @triton.jit
@@ -211,17 +280,14 @@ def supports(p: Tensor, a: Tensor, v: Tensor | None) -> bool:
     return p.dtype in DTYPES and (INTERPRET or p.is_cuda) and _usable() and same_storage_order(p, a, v)
 
 
-def _tables(
-    device: torch.device, addresses: list[list[int]], numels: list[int], places: list[int]
-) -> tuple[Tensor, Tensor]:
-    """`tensors` and `chunks` on the device, from addresses of params, anchors and drifts, and of each tensor the number
-    of elements (> 0) and the place in the list.
+def _tables(device: torch.device, addresses: list[Tensor], numels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """`tensors` and `chunks` on the device, from int64 columns.
+
+    These are addresses of params, anchors and drift estimates, numbers of elements (> 0), indices in the list.
     """
-    n = torch.tensor(numels, dtype=torch.int64)
-    counts = (n + CHUNK - 1) // CHUNK
-    columns = [torch.tensor(column, dtype=torch.int64) for column in addresses]
-    tensors = torch.stack([*columns, n, counts.cumsum(0) - counts, torch.tensor(places)], 1)
-    chunks = torch.repeat_interleave(torch.arange(len(n), dtype=torch.int32), counts)
+    counts = (numels + CHUNK - 1) // CHUNK
+    tensors = torch.stack([*addresses, numels, counts.cumsum(0) - counts, index], 1)
+    chunks = torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32), counts)
     return tensors.to(device), chunks.to(device)
 
 
@@ -236,19 +302,20 @@ class Work:
 
 
 def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Work:
-    """What `cycle_sums` and `jump_` take, of tensors that are all on one device."""
+    """What the operations take, of tensors that are all on one device. It knows their addresses of now."""
     groups: dict[torch.dtype, list[int]] = {}
-    for place, p in enumerate(params):
+    for i, p in enumerate(params):
         if p.numel():
-            groups.setdefault(p.dtype, []).append(place)
+            groups.setdefault(p.dtype, []).append(i)
+    zeros = torch.zeros(len(params), dtype=torch.int64)
+    addresses = [zeros if ts is None else torch.tensor([t.data_ptr() for t in ts]) for ts in (params, anchors, drifts)]
+    numels = torch.tensor([p.numel() for p in params])
     launches = []
     for dtype, places in groups.items():
-        addresses = [
-            [0] * len(places) if ts is None else [ts[i].data_ptr() for i in places] for ts in (params, anchors, drifts)
-        ]
-        tables = _tables(params[0].device, addresses, [params[i].numel() for i in places], places)
-        constants = {"DTYPE": DTYPES[dtype], "HAS_V": drifts is not None, "CHUNK": CHUNK, "VEC": 16 // dtype.itemsize}
-        launches.append((*tables, dtype.itemsize, constants | {"INTERPRET": INTERPRET}))
+        index = torch.tensor(places)
+        tables = _tables(params[0].device, [column[index] for column in addresses], numels[index], index)
+        constants = {"DTYPE": DTYPES[dtype], "CHUNK": CHUNK, "VEC": 16 // dtype.itemsize, "INTERPRET": INTERPRET}
+        launches.append((*tables, dtype.itemsize, constants))
     return Work(params, anchors, drifts, launches)
 
 
@@ -265,7 +332,7 @@ def _options(threads: int) -> dict[str, Any]:
 
 
 def cycle_sums(work: Work) -> Tensor:
-    """<D,V>, <D,D>, <V,V>, <P,P> of each tensor as float64 [T, 4] on the device, D = P - A; no drifts: V = 0.
+    """The sums of `extraopt.kernels.TensorLists`, float64 [T, 4] on the device.
 
     Reads only. Products are added in float32 within a chunk, in float64 from there on, in an order that depends on
     nothing but the tensor's size and alignment: it has the same sums, bit for bit, wherever it stands in a list. A NaN
@@ -277,28 +344,56 @@ def cycle_sums(work: Work) -> Tensor:
     with _on(sums.device):
         for tensors, chunks, itemsize, constants in work.launches:
             partials = torch.zeros(len(chunks), 4, dtype=torch.float32, device=sums.device)
-            options = {"BLOCK": SUMS_BLOCK[itemsize], **_options(SUMS_THREADS)}
+            options = {"BLOCK": SUMS_BLOCK[itemsize], "HAS_V": work.drifts is not None, **_options(SUMS_THREADS)}
             _sums_kernel[(len(chunks),)](tensors, chunks, partials, **constants, **options)
             options = {"BLOCK": FINISH_BLOCK, **_options(FINISH_BLOCK)}
             _finish_kernel[(len(tensors),)](tensors, partials, sums, CHUNK=CHUNK, **options)
     return sums
 
 
-def jump_(work: Work, ratios: Sequence[float], retreats: Sequence[float], weight: float) -> None:
-    """D = P - A; V = lerp(V, D, weight); P = P + ratio * V - retreat * D; A = P, in place; no drifts: V = D.
+def jump_(work: Work, ratios: Tensor, retreats: Tensor, weight: float) -> None:
+    """The jump of `extraopt.kernels.TensorLists`, bit-equal to `foreach`.
 
     Ratio and retreat 0 leave P alone. Computed in float32 (`weight`, `ratios` and `retreats` are rounded to it first),
     each product and sum fused; each result rounds once, when it is stored, and the jump takes V from before that. A is
     the stored P.
     """
-    if not work.params:
+    has_v = {"HAS_V": work.drifts is not None}
+    _write(_jump_kernel, work, torch.stack([ratios, retreats], 1), weight, **has_v)
+    _written(work.params, work.anchors, work.drifts or ())
+
+
+def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:
+    """The retreat of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
+    _write(_retreat_kernel, work, torch.stack([retreats, weights], 1))
+    _written(work.anchors, work.drifts or ())
+
+
+def trial_(work: Work, ratios: Tensor) -> None:
+    """The trial of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
+    _write(_trial_kernel, work, ratios)
+    _written(work.params)
+
+
+def anchor_(work: Work) -> None:
+    """A <- E."""
+    if work.params:
+        torch._foreach_copy_(work.anchors, work.params)
+
+
+def _write(kernel: Any, work: Work, factors: Tensor, *arguments: float, **constants: bool) -> None:
+    """Launch `kernel` once per dtype, with the factors of every tensor."""
+    if not work.launches:
         return
     device = work.params[0].device
     with _on(device):
-        table = torch.tensor([ratios, retreats], dtype=torch.float32).T.contiguous().to(device)
-        for tensors, chunks, itemsize, constants in work.launches:
-            options = {"BLOCK": JUMP_BLOCK[itemsize], **_options(JUMP_THREADS)}
-            _jump_kernel[(len(chunks),)](tensors, chunks, table, weight, **constants, **options)
-    # torch saw none of these writes: without this, autograd would use what it saved as if it were still right.
-    for written in (work.params, work.anchors, work.drifts or ()):
-        torch.autograd.graph.increment_version(written)
+        table = factors.float().to(device)
+        for tensors, chunks, itemsize, own in work.launches:
+            options = {"BLOCK": JUMP_BLOCK[itemsize], **constants, **_options(JUMP_THREADS)}
+            kernel[(len(chunks),)](tensors, chunks, table, *arguments, **own, **options)
+
+
+def _written(*lists: Sequence[Tensor]) -> None:
+    """Tell autograd, which saw none of the writes: it would use what it saved as if it were still right."""
+    for tensors in lists:
+        torch.autograd.graph.increment_version(tensors)

@@ -1,9 +1,9 @@
-/* The end of a cycle over dense tensors on a CPU: every element is read from memory once and written once.
+/* The end of a cycle over dense tensors on a CPU: each operation reads an element once and writes it once.
  *
  * A list is cut into parts of at most a few ten thousand elements; `parts` is int64 [n, 6], a row for each: addresses of
- * param, anchor and drift (0: none), number of elements, bytes per element (4: float32, 2: bfloat16), place of its
- * tensor in the list. Threads take parts in turn. Arithmetic is float32, each product and sum of the jump fused, as
- * torch's own kernels have it; nothing depends on the number of threads.
+ * param, anchor and drift estimate (0: none), number of elements, bytes per element (4: float32, 2: bfloat16), index of
+ * its tensor in the list. Threads take parts in turn. Arithmetic is float32, each product and sum of what is written
+ * fused, as torch's own kernels have it; nothing depends on the number of threads.
  */
 
 #include <math.h>
@@ -91,33 +91,81 @@ INLINE float store_bfloat16(bfloat16 *to, float x) { /* to the nearest, ties to 
         else move_##T(p, a, v, 1, 1, 1, n, ratio, retreat, weight);                                                    \
     }
 
+/* d = p - a; v = lerp(v, d, weight); a = p - retreat d. */
+#define RETREAT(T)                                                                                                     \
+    INLINE void take_back_##T(const T *restrict p, T *restrict a, T *restrict v, int returns, int64_t n,               \
+                              float retreat, float weight) {                                                           \
+        int small = weight < 0.5f;                                                                                     \
+        float part = small ? weight : weight - 1.0f;                                                                   \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            float e = load_##T(p + i), d = e - load_##T(a + i), w = load_##T(v + i);                                   \
+            store_##T(v + i, fmaf(d - w, part, small ? w : d));                                                        \
+            if (returns) e = fmaf(d, -retreat, e); /* 0 d + e would lose the sign of -0.0 */                           \
+            store_##T(a + i, e);                                                                                       \
+        }                                                                                                              \
+    }                                                                                                                  \
+    CLONES static void retreat_##T(const T *p, T *a, T *v, int64_t n, float retreat, float weight) {                   \
+        if (retreat == 0) take_back_##T(p, a, v, 0, n, retreat, weight);                                               \
+        else take_back_##T(p, a, v, 1, n, retreat, weight);                                                            \
+    }
+
+/* p = a + ratio v. */
+#define TRIAL(T)                                                                                                       \
+    CLONES static void trial_##T(T *restrict p, const T *restrict a, const T *restrict v, int64_t n, float ratio) {    \
+        if (ratio == 0) memcpy(p, a, n * sizeof(T));                                                                   \
+        else for (int64_t i = 0; i < n; i++) store_##T(p + i, fmaf(load_##T(v + i), ratio, load_##T(a + i)));          \
+    }
+
 SUMS(float)
 SUMS(bfloat16)
 JUMP(float)
 JUMP(bfloat16)
+RETREAT(float)
+RETREAT(bfloat16)
+TRIAL(float)
+TRIAL(bfloat16)
+
+typedef enum { SUM, JUMP, RETREAT, TRY, ANCHOR } operation;
 
 typedef struct {
+    operation operation;
     const int64_t *parts;
     int64_t n, first, stride;
-    double *partials;     /* [n, 4], or NULL: jump */
-    const float *factors; /* ratio and retreat of each tensor [T, 2] */
-    float weight;
+    double *partials;     /* SUM: [n, 4] */
+    const float *factors; /* of each tensor, JUMP: ratio, retreat [T, 2]; RETREAT: retreat, weight [T, 2]; TRY: ratio [T] */
+    float weight;         /* JUMP */
 } work;
+
+static void do_part(const work *w, int64_t i) {
+    const int64_t *row = w->parts + i * COLUMNS, n = row[3], index = row[5];
+    void *p = (void *)row[0], *a = (void *)row[1], *v = (void *)row[2];
+    const float *f = w->factors;
+    int wide = row[4] == 4;
+    switch (w->operation) {
+    case SUM:
+        if (wide) sums_float(p, a, v, n, w->partials + 4 * i);
+        else sums_bfloat16(p, a, v, n, w->partials + 4 * i);
+        break;
+    case JUMP:
+        if (wide) jump_float(p, a, v, n, f[2 * index], f[2 * index + 1], w->weight);
+        else jump_bfloat16(p, a, v, n, f[2 * index], f[2 * index + 1], w->weight);
+        break;
+    case RETREAT:
+        if (wide) retreat_float(p, a, v, n, f[2 * index], f[2 * index + 1]);
+        else retreat_bfloat16(p, a, v, n, f[2 * index], f[2 * index + 1]);
+        break;
+    case TRY:
+        if (wide) trial_float(p, a, v, n, f[index]);
+        else trial_bfloat16(p, a, v, n, f[index]);
+        break;
+    case ANCHOR:
+        memcpy(a, p, n * row[4]);
+    }
+}
 
 static void *work_through(void *argument) {
     const work *w = argument;
-    for (int64_t i = w->first; i < w->n; i += w->stride) {
-        const int64_t *row = w->parts + i * COLUMNS, n = row[3];
-        void *p = (void *)row[0], *a = (void *)row[1], *v = (void *)row[2];
-        if (w->partials) {
-            if (row[4] == 4) sums_float(p, a, v, n, w->partials + 4 * i);
-            else sums_bfloat16(p, a, v, n, w->partials + 4 * i);
-        } else {
-            float ratio = w->factors[2 * row[5]], retreat = w->factors[2 * row[5] + 1];
-            if (row[4] == 4) jump_float(p, a, v, n, ratio, retreat, w->weight);
-            else jump_bfloat16(p, a, v, n, ratio, retreat, w->weight);
-        }
-    }
+    for (int64_t i = w->first; i < w->n; i += w->stride) do_part(w, i);
     return NULL;
 }
 
@@ -139,12 +187,24 @@ static void share(work w, int64_t threads) {
 }
 
 /* `partials`: double [n, 4], zeros; `sums`: double [T, 4], zeros. */
-void extraopt_cycle_sums(const int64_t *parts, int64_t n, double *partials, double *sums, int64_t threads) {
-    share((work){.parts = parts, .n = n, .partials = partials}, threads);
+void extraopt_cycle_sums(const int64_t *parts, int64_t n, int64_t threads, double *partials, double *sums) {
+    share((work){.operation = SUM, .parts = parts, .n = n, .partials = partials}, threads);
     for (int64_t i = 0; i < n; i++)
         for (int j = 0; j < 4; j++) sums[4 * parts[i * COLUMNS + 5] + j] += partials[4 * i + j];
 }
 
-void extraopt_jump(const int64_t *parts, int64_t n, const float *factors, float weight, int64_t threads) {
-    share((work){.parts = parts, .n = n, .factors = factors, .weight = weight}, threads);
+void extraopt_jump(const int64_t *parts, int64_t n, int64_t threads, const float *factors, float weight) {
+    share((work){.operation = JUMP, .parts = parts, .n = n, .factors = factors, .weight = weight}, threads);
+}
+
+void extraopt_retreat(const int64_t *parts, int64_t n, int64_t threads, const float *factors) {
+    share((work){.operation = RETREAT, .parts = parts, .n = n, .factors = factors}, threads);
+}
+
+void extraopt_trial(const int64_t *parts, int64_t n, int64_t threads, const float *factors) {
+    share((work){.operation = TRY, .parts = parts, .n = n, .factors = factors}, threads);
+}
+
+void extraopt_anchor(const int64_t *parts, int64_t n, int64_t threads) {
+    share((work){.operation = ANCHOR, .parts = parts, .n = n}, threads);
 }

@@ -1,13 +1,15 @@
 """The rule on a CPU, by a few C loops (`native.c`), compiled where the package is built if a compiler is there.
 
-torch does in five operations what takes one pass here, and a sum that no number of threads may change in six. Tensors
-are flat storage: all that matters is that param, anchor and drift have the same dense layout.
+torch does in several operations what takes one pass here, and a sum that no number of threads may change in six.
+Tensors are flat storage: all that matters is that param, anchor and drift estimate have the same dense layout.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,47 @@ from .foreach import same_storage_order
 
 DTYPES = {torch.float32, torch.bfloat16}
 PART = 1 << 16  # elements that a thread takes at a time; fixed, since it sets the order of the sums
+FOLDER = Path(__file__).parent  # where the compiled library lies
+FUNCTIONS = ("extraopt_cycle_sums", "extraopt_jump", "extraopt_retreat", "extraopt_trial", "extraopt_anchor")
 
 
-@functools.cache
+def _truncated(file: Path) -> bool:
+    """Whether an ELF file ends before its table of sections: the loader would kill the process instead of failing."""
+    with file.open("rb") as f:
+        header = f.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return False  # no ELF file of 64 bits: the loader can tell
+    order = "<" if header[5] == 1 else ">"
+    (start,), (size, count) = struct.unpack_from(order + "Q", header, 40), struct.unpack_from(order + "HH", header, 58)
+    return file.stat().st_size < int(start + size * count)
+
+
+def _load(file: Path) -> ctypes.CDLL:
+    """The library in `file`. Raises OSError where it can't be loaded, AttributeError where a function is missing."""
+    if _truncated(file):
+        raise OSError(f"{file}: file is truncated")
+    library = ctypes.CDLL(str(file))
+    for name in FUNCTIONS:
+        getattr(library, name)
+    return library
+
+
+@functools.cache  # and so one warning
 def _library() -> ctypes.CDLL | None:
-    for file in sorted(Path(__file__).parent.glob("_native*.so")):
-        return ctypes.CDLL(str(file))
+    failures = []
+    for file in sorted(FOLDER.glob("_native*.so")):
+        try:
+            return _load(file)
+        except (OSError, AttributeError) as error:
+            failures.append(f"{file} can't be used ({error})")
+    if failures:
+        warnings.warn(
+            f"extraopt computes the ends of cycles on the CPU by slower torch operations: {'; '.join(failures)}. "
+            "The file is of another platform or version, or damaged: install extraopt again on this machine, or delete "
+            "the file to do without this warning.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return None
 
 
@@ -44,40 +81,62 @@ class Work:
 
 
 def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Work:
-    """What `cycle_sums` and `jump_` take."""
-    numels = torch.tensor([p.numel() for p in params], dtype=torch.int64)
+    """What the operations take. It knows the tensors' addresses of now."""
+    numels = torch.tensor(list(map(Tensor.numel, params)), dtype=torch.int64)
     sizes = torch.tensor([p.itemsize for p in params], dtype=torch.int64)
     counts = (numels + PART - 1) // PART
-    places = torch.repeat_interleave(torch.arange(len(params)), counts)
-    starts = (torch.arange(len(places)) - (counts.cumsum(0) - counts)[places]) * PART
+    index = torch.repeat_interleave(torch.arange(len(params)), counts)
+    starts = (torch.arange(len(index)) - (counts.cumsum(0) - counts)[index]) * PART
     addresses = [
-        torch.tensor([t.data_ptr() for t in ts], dtype=torch.int64)[places] + starts * sizes[places]
+        torch.tensor(list(map(Tensor.data_ptr, ts)), dtype=torch.int64)[index] + starts * sizes[index]
         if ts is not None
-        else torch.zeros_like(places)
+        else torch.zeros_like(index)
         for ts in (params, anchors, drifts)
     ]
-    parts = torch.stack([*addresses, (numels[places] - starts).clamp(max=PART), sizes[places], places], 1)
+    parts = torch.stack([*addresses, (numels[index] - starts).clamp(max=PART), sizes[index], index], 1)
     return Work(params, anchors, drifts, parts)
 
 
 def cycle_sums(work: Work) -> Tensor:
-    """The sums of `extraopt.kernels.Lists`. Products are added in float32 up to 1024 of them, then in float64."""
+    """The sums of `extraopt.kernels.TensorLists`. Products are added in float32 up to 1024, then in float64."""
     sums = torch.zeros(len(work.params), 4, dtype=torch.float64)
     partials = torch.zeros(len(work.parts), 4, dtype=torch.float64)
-    _call("extraopt_cycle_sums", work.parts, partials, sums)
+    _call("extraopt_cycle_sums", work, partials, sums)
     return sums
 
 
-def jump_(work: Work, ratios: Sequence[float], retreats: Sequence[float], weight: float) -> None:
-    """The jump of `extraopt.kernels.Lists`: float32, one rounding into each output, bit-equal to `foreach.jump_`."""
-    factors = torch.tensor([ratios, retreats], dtype=torch.float32).T.contiguous()
-    _call("extraopt_jump", work.parts, factors, ctypes.c_float(weight))
-    # torch saw none of these writes: without this, autograd would use what it saved as if it were still right
-    for written in (work.params, work.anchors, work.drifts or ()):
-        torch.autograd.graph.increment_version(written)
+def jump_(work: Work, ratios: Tensor, retreats: Tensor, weight: float) -> None:
+    """The jump of `extraopt.kernels.TensorLists`: float32, one rounding into each output, bit-equal to `foreach`."""
+    factors = torch.stack([ratios, retreats], 1).float()
+    _call("extraopt_jump", work, factors, ctypes.c_float(weight))
+    _written(work.params, work.anchors, work.drifts or ())
 
 
-def _call(name: str, parts: Tensor, *arguments: Tensor | ctypes.c_float) -> None:
+def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:
+    """The retreat of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
+    _call("extraopt_retreat", work, torch.stack([retreats, weights], 1).float())
+    _written(work.anchors, work.drifts or ())
+
+
+def trial_(work: Work, ratios: Tensor) -> None:
+    """The trial of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
+    _call("extraopt_trial", work, ratios.float())
+    _written(work.params)
+
+
+def anchor_(work: Work) -> None:
+    """A <- E."""
+    _call("extraopt_anchor", work)
+    _written(work.anchors)
+
+
+def _call(name: str, work: Work, *arguments: Tensor | ctypes.c_float) -> None:
     given = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments]
-    threads = ctypes.c_int64(torch.get_num_threads())
-    getattr(_library(), name)(ctypes.c_void_p(parts.data_ptr()), ctypes.c_int64(len(parts)), *given, threads)
+    numbers = ctypes.c_int64(len(work.parts)), ctypes.c_int64(torch.get_num_threads())
+    getattr(_library(), name)(ctypes.c_void_p(work.parts.data_ptr()), *numbers, *given)
+
+
+def _written(*lists: Sequence[Tensor]) -> None:
+    """Tell autograd, which saw none of the writes: it would use what it saved as if it were still right."""
+    for tensors in lists:
+        torch.autograd.graph.increment_version(tensors)

@@ -1,25 +1,46 @@
 """The rule where anchors and estimates lie in host memory: they pass through two small buffers on the device.
 
-While one batch is computed on, the next is on its way in and, at the jump, the one before it on its way out. So a cycle
-takes what the bus needs for both lists three times, twice in and once out, and the device holds 128 MiB of them at most
-(more only for a tensor with gaps in its storage, which can't be cut). From pinned memory nothing waits; from any other
-the copies wait for each other and the results are the same.
+While one batch is computed on, the next is on its way in and, in a jump or retreat, the one before it on its way out.
+So sums and trials take what the bus needs for both lists once, jump and retreat twice, and the device holds 128 MiB of
+them at most (more only for a tensor with gaps in its storage, which can't be cut). From pinned memory nothing waits;
+from any other the copies wait for each other and the results are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from . import Lists, foreach
+from . import foreach
 
-Batch = list[tuple[int, Sequence[Tensor]]]  # place in the list, and its part of each list
-Work = tuple[Sequence[Sequence[Tensor]], list[Batch]]
+Batch = list[tuple[int, Sequence[Tensor]]]  # index in the list, and the tensor's part of each list
 BUFFER = 1 << 25  # bytes of a batch in one list; also where tensors are cut, so a multiple of what other modules add up
+
+
+class _OnDevice(Protocol):
+    """`extraopt.kernels.TensorLists`, of parts that lie on the device."""
+
+    def sums(self, device: torch.device) -> Tensor: ...
+    def jump_(self, ratios: Tensor, retreats: Tensor, weight: float) -> None: ...
+    def retreat_(self, retreats: Tensor, weights: Tensor) -> None: ...
+    def trial_(self, ratios: Tensor) -> None: ...
+
+
+_Make = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor] | None], _OnDevice]
+
+
+@dataclass
+class Work:
+    """Params, anchors and, if any, estimates; the batches that they pass in; what computes on a batch."""
+
+    lists: Sequence[Sequence[Tensor]]
+    batches: list[Batch]
+    make: _Make
 
 
 class _Queue:
@@ -53,7 +74,7 @@ def _batches(lists: Sequence[Sequence[Tensor]]) -> list[Batch]:
     """Pieces of tensors, as many in a batch as a buffer takes."""
     batches: list[Batch] = []
     room = 0
-    for place, tensors in enumerate(zip(*lists)):
+    for index, tensors in enumerate(zip(*lists)):
         flat = foreach.flat(tensors)
         size = BUFFER // tensors[0].itemsize
         n = tensors[0].numel()
@@ -65,7 +86,7 @@ def _batches(lists: Sequence[Sequence[Tensor]]) -> list[Batch]:
             if taken > room:
                 batches.append([])
                 room = BUFFER
-            batches[-1].append((place, cut))
+            batches[-1].append((index, cut))
             room -= taken
     return batches
 
@@ -75,9 +96,9 @@ def _aligned(cut: Sequence[Tensor]) -> int:
     return (cut[0].numel() * max(t.itemsize for t in cut) + 15) // 16 * 16
 
 
-def _through(work: Work, back: bool) -> Iterator[tuple[list[int], Lists]]:
-    """Batch by batch, places and lists that lie on the device; with `back` the host gets what was made of them."""
-    lists, batches = work
+def _through(work: Work, back: bool) -> Iterator[tuple[Tensor, _OnDevice]]:
+    """Batch by batch, the index and what lies on the device; with `back` the host gets what was made of it."""
+    lists, batches = work.lists, work.batches
     device = lists[0][0].device
     sizes = [sum(_aligned(cut) for _, cut in batch) for batch in batches]
     buffers = torch.empty(2, len(lists) - 1, max(sizes, default=0), dtype=torch.uint8, device=device)
@@ -99,7 +120,8 @@ def _through(work: Work, back: bool) -> Iterator[tuple[list[int], Lists]]:
                     on_device.append(here)
             if (arrived := incoming.reached()) is not None:
                 arrived.wait()
-            yield [place for place, _ in batch], Lists(*on_device, *[None] * (3 - len(on_device)))
+            params, anchors, *drifts = on_device
+            yield torch.tensor([i for i, _ in batch]), work.make(params, anchors, drifts[0] if drifts else None)
             free[number % 2] = _Queue.now(device)
             if back:
                 outgoing.after(free[number % 2])
@@ -113,24 +135,44 @@ def _through(work: Work, back: bool) -> Iterator[tuple[list[int], Lists]]:
         outgoing.finish()
 
 
-def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Work:
-    """What `cycle_sums` and `jump_` take, of parameters that are all on one device."""
+def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None, make: _Make) -> Work:
+    """What the operations take, of parameters that are all on one device; `make` makes `TensorLists`."""
     lists = [params, anchors] if drifts is None else [params, anchors, drifts]
-    return lists, _batches(lists)
+    return Work(lists, _batches(lists), make)
 
 
 def cycle_sums(work: Work) -> Tensor:
-    """The sums of `extraopt.kernels.Lists`, on the device of the parameters."""
-    params = work[0][0]
+    """The sums of `extraopt.kernels.TensorLists`, on the device of the parameters."""
+    params = work.lists[0]
     sums = torch.zeros(len(params), 4, dtype=torch.float64, device=params[0].device)
-    for places, lists in _through(work, back=False):
-        for module, own, on_device in lists.work:
-            # in a batch no place comes twice
-            sums[[places[i] for i in own]] += module.cycle_sums(on_device)
+    for index, lists in _through(work, back=False):
+        sums[index] += lists.sums(sums.device)  # in a batch no index comes twice
     return sums
 
 
-def jump_(work: Work, ratios: Sequence[float], retreats: Sequence[float], weight: float) -> None:
-    """The jump of `extraopt.kernels.Lists`. When it returns, anchors and estimates in host memory are complete."""
-    for places, lists in _through(work, back=True):
-        lists.jump_([ratios[i] for i in places], [retreats[i] for i in places], weight)
+def jump_(work: Work, ratios: Tensor, retreats: Tensor, weight: float) -> None:
+    """The jump of `extraopt.kernels.TensorLists`. When it returns, what it wrote in host memory is complete."""
+    for index, lists in _through(work, back=True):
+        lists.jump_(ratios[index], retreats[index], weight)
+
+
+def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:
+    """The retreat of `extraopt.kernels.TensorLists`. When it returns, what it wrote in host memory is complete."""
+    for index, lists in _through(work, back=True):
+        lists.retreat_(retreats[index], weights[index])
+
+
+def trial_(work: Work, ratios: Tensor) -> None:
+    """The trial of `extraopt.kernels.TensorLists`."""
+    for index, lists in _through(work, back=False):
+        lists.trial_(ratios[index])
+
+
+def anchor_(work: Work) -> None:
+    """A <- E. When it returns, the anchors in host memory are complete."""
+    params, anchors = work.lists[:2]
+    outgoing = _Queue(params[0].device)
+    with outgoing.running():
+        for p, a in zip(params, anchors):
+            a.copy_(p, non_blocking=True)
+    outgoing.finish()
