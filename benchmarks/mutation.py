@@ -34,8 +34,11 @@ from rich.progress import Progress
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
     "extraopt/adam.py",
-    "extraopt/cycle.py",
-    "extraopt/cycles.py",
+    "extraopt/extrapolation.py",
+    "extraopt/mixin.py",
+    "extraopt/schedule.py",
+    "extraopt/sharding.py",
+    "extraopt/state.py",
     "extraopt/gate.py",
     "kernels/__init__.py",
     "kernels/foreach.py",

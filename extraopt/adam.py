@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import compress, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import AdamW
-from torch.optim.adam import adam
-from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+from torch.optim.optimizer import ParamsT
 
-from .cycle import Countdown, JumpReport, new_anchor, new_drift, read_counters
-from .cycles import Cycles, group_keeps_drift, stands
-from .knobs import KNOBS, check_knobs
-from .loading import check_cycle, held, place, whole_or_not_at_all
-from .rollback import remembering
+from .hyperparameters import DEFAULTS, check_hyperparameters
+from .mixin import CycleMixin, unhooked_step
+from .rollback import add_report_entries
+from .schedule import FAR, Schedule, read_counters
+from .state import all_or_nothing, check_cycle, copy_to_place, opaque
 
-
-def _capturing(counters: list[Tensor]) -> bool:
-    return counters[0].is_cuda and torch.cuda.is_current_stream_capturing()
+_adamw_step = unhooked_step(AdamW)
 
 
-class ExtraAdam(AdamW, Cycles):
+def _capturing(p: Tensor) -> bool:
+    return p.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class ExtraAdam(AdamW, CycleMixin):
     r"""AdamW that jumps ahead along the straight part of its own path.
 
     .. math::
@@ -173,42 +173,40 @@ class ExtraAdam(AdamW, Cycles):
         extra_offload: bool = False,
     ) -> None:
         given = extra_every, extra_steps, extra_beta, extra_gate, extra_start, extra_offload
-        knobs = check_knobs(dict(zip(KNOBS, given)))
+        hyperparameters = check_hyperparameters(dict(zip(DEFAULTS, given)))
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
             differentiable=differentiable, fused=fused,
         )  # fmt: skip
         for group in self.param_groups:
-            group.update(check_knobs({**knobs, **group}))
-            remembering(group)
-        self.defaults.update(knobs)
+            group.update(check_hyperparameters({**hyperparameters, **group}))
+            add_report_entries(group)
+        self.defaults.update(hyperparameters)
         self._forget()
 
     def _forget(self) -> None:
-        # Caches only: nothing here is needed for a correct resume. Written in place, never rebound, since wrappers
-        # that take on our class (Lightning's) share what we hold but not what we would assign.
-        self._countdowns: dict[int, Countdown] = {}  # by position of the group
-        self._ended: dict[Tensor, int] = {}  # applied steps at which cycles have ended since the last call of step()
-        self._last_jump: list[JumpReport] = []
+        # Caches only, nothing here is needed for a correct resume; emptied in place where they are there already.
+        self.__dict__.setdefault("_schedule", Schedule()).forget()
+        self.__dict__.setdefault("_last_jump", []).clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called by pickle and deepcopy on an empty object, and by load_state_dict, after its hooks, on this one. All
         # checks come first, so that a state that is refused changes nothing.
         own = self.__dict__.get("param_groups", [])
-        defaults = {**KNOBS, **state.get("defaults", self.__dict__.get("defaults", {}))}
+        defaults = {**DEFAULTS, **state.get("defaults", self.__dict__.get("defaults", {}))}
         for i, group in enumerate(state["param_groups"]):
             before = own[i] if i < len(own) else {}
-            known = {k: before[k] for k in KNOBS if k in before}
+            known = {k: before[k] for k in DEFAULTS if k in before}
             where = {"extra_offload": known["extra_offload"]} if known else {}  # that is for this machine to say
-            group.update(check_knobs({**defaults, **known, **group, **where}))
-            remembering(group)
+            group.update(check_hyperparameters({**defaults, **known, **group, **where}))
+            add_report_entries(group)
             for j, p in enumerate(group["params"]):
                 entries = state["state"].get(p, {})
                 check_cycle(entries, p, f"parameter {j} in group {i}", "step")
-                place(entries, p, group["extra_offload"])
+                copy_to_place(entries, p, group["extra_offload"])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
-        for key, value in KNOBS.items():
+        for key, value in DEFAULTS.items():
             self.defaults.setdefault(key, value)
         if self.defaults.get("fused"):
             self._step_supports_amp_scaling = True  # AdamW's constructor sets it; pickle and deepcopy lose it
@@ -222,9 +220,9 @@ class ExtraAdam(AdamW, Cycles):
         Raises:
             ValueError: it is of other parameters, or damaged. The optimizer is left as it was.
         """
-        with whole_or_not_at_all(self):
+        with all_or_nothing(self):
             some = any(group["extra_offload"] for group in self.param_groups)
-            super().load_state_dict(held(state_dict) if some else state_dict)
+            super().load_state_dict(opaque(state_dict) if some else state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose parameters start a cycle of their own at their first step.
@@ -236,53 +234,10 @@ class ExtraAdam(AdamW, Cycles):
             ValueError: a knob outside its range.
         """
         if "extra_every" in self.defaults and isinstance(param_group, dict):  # not yet in AdamW's constructor
-            param_group.update(check_knobs({**self.defaults, **param_group}))
-            remembering(param_group)
+            param_group.update(check_hyperparameters({**self.defaults, **param_group}))
+            add_report_entries(param_group)
         super().add_param_group(param_group)
 
-    def _init_group(
-        self,
-        group: dict[str, Any],
-        params_with_grad: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        max_exp_avg_sqs: list[Tensor],
-        state_steps: list[Tensor],
-    ) -> bool:
-        known = len(self.state)
-        has_complex: bool = super()._init_group(  # type: ignore[no-untyped-call]
-            group, params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps
-        )
-        if group["extra_steps"]:
-            # states that AdamW has just made stand at step 0: no need to ask the device
-            fresh = {id(p) for p in islice(reversed(self.state), len(self.state) - known)}
-            if fresh and len(fresh) == len(params_with_grad):
-                position = next(i for i, g in enumerate(self.param_groups) if g is group)
-                self._countdowns[position] = Countdown(state_steps, group["extra_every"], 0, group["extra_every"])
-            drifts = group_keeps_drift(group)
-            # A step with lr 0 moves nothing, but it may be the one by which torch.distributed.checkpoint fills a fresh
-            # state, before weights are loaded. Then the first step that moves takes the anchor: till then its origin is
-            # kept as a complement, which is negative.
-            standing = stands(group)
-            for i, p in enumerate(params_with_grad):
-                state = self.state[p]
-                if "extra_anchor" not in state or "extra_origin" not in state:
-                    if id(p) not in fresh:
-                        # DeepSpeed's ZeRO-3 loads a universal checkpoint with one counter for all its sub-groups
-                        state_steps[i] = state["step"] = state["step"].clone()
-                    state["extra_anchor"] = new_anchor(p, group["extra_offload"])
-                    origin = 0 if id(p) in fresh else int(state["step"])
-                    state["extra_origin"] = ~origin if standing else origin
-                elif state["extra_origin"] < 0 and not standing:
-                    state["extra_anchor"].copy_(p.detach())
-                    state["extra_origin"] = ~state["extra_origin"]
-                if drifts and "extra_drift" not in state:
-                    state["extra_drift"] = new_drift(p, group["extra_offload"])
-                    state.setdefault("extra_ratio", 0.0)
-        return has_complex
-
-    @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single AdamW step, and end the cycles that are due with it.
 
@@ -295,91 +250,38 @@ class ExtraAdam(AdamW, Cycles):
         Raises:
             RuntimeError: gradients are sparse.
         """
-        self._accelerator_graph_capture_health_check()
-
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
-        stepped = []
-        for group in self.param_groups:
-            params_with_grad: list[Tensor] = []
-            grads: list[Tensor] = []
-            exp_avgs: list[Tensor] = []
-            exp_avg_sqs: list[Tensor] = []
-            max_exp_avg_sqs: list[Tensor] = []
-            state_steps: list[Tensor] = []
-            beta1, beta2 = group["betas"]
-
-            has_complex = self._init_group(
-                group, params_with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps
-            )
-
-            adam(
-                params_with_grad,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                max_exp_avg_sqs,
-                state_steps,
-                amsgrad=group["amsgrad"],
-                has_complex=has_complex,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                foreach=group["foreach"],
-                capturable=group["capturable"],
-                differentiable=group["differentiable"],
-                fused=group["fused"],
-                grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
-                decoupled_weight_decay=group["decoupled_weight_decay"],
-            )
-            stepped.append((params_with_grad, state_steps))
-
-        self._end_due_cycles(stepped)
+        self._before_step()
+        _adamw_step(self)
+        self._after_step()
         return loss
 
     @_disable_dynamo
-    def _end_due_cycles(self, stepped: list[tuple[list[Tensor], list[Tensor]]], replayed: bool = False) -> None:
-        if not replayed:
-            self._ended.clear()
-        lanes = []
-        for i, (group, (params, counters)) in enumerate(zip(self.param_groups, stepped)):
-            if not group["extra_steps"]:
-                # where the horizon was set to 0 in mid-run, anchors are kept fresh, so that it can be set back
-                kept = ["extra_anchor" in self.state[p] for p in params]
-                params, counters = list(compress(params, kept)), list(compress(counters, kept))
-            if not params:
-                continue
-            if _capturing(counters):
-                warnings.warn(
-                    "ExtraAdam: a step is captured in a CUDA graph, which ends no cycles. Call end_due_cycles() after "
-                    "each replay.",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-                return
-            every = group["extra_every"]
-            countdown = self._countdowns.get(i)
-            if countdown is not None and countdown.running(counters, every):
-                continue
-            steps = dict(zip(params, read_counters(counters)))
-            elapsed = {p: step - self._origin(p) for p, step in steps.items()}
-            self._countdowns[i] = Countdown(
-                counters, every, steps[params[0]], min(every - n % every for n in elapsed.values())
-            )
-            due = {p: steps[p] for p, n in elapsed.items() if n > 0 and n % every == 0}
-            lanes += self._lane(group, {p: step for p, step in due.items() if self._ended.get(p) != step})
-        found_inf = getattr(self, "found_inf", None)
-        if lanes and not (found_inf is not None and bool(found_inf)):  # a step that was skipped ends no cycle
-            self._end(lanes)
-            for lane in lanes:
-                self._ended.update(zip(lane.params, lane.steps))
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        self._quiet = self._schedule.quiet(self.param_groups, self.state) and not _capturing(self._schedule.params[0])
+        if self._quiet:
+            return
+        self._stepped = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        fresh = self._begin_cycles(self._stepped)
+        for group, params in zip(self.param_groups, self._stepped):
+            if any(p in fresh and not self.state.get(p) for p in params):
+                # AdamW's entries come first: it makes none where others are. A step that is being compiled must find them
+                # all, or it is compiled twice.
+                super()._init_group(group, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
+        self._join(fresh)
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        if self._quiet:
+            self._schedule.count()
+            return
+        self._end_due_cycles(self._stepped)
+        del self._stepped
 
     @torch.no_grad()
     def end_due_cycles(self) -> None:
@@ -397,16 +299,54 @@ class ExtraAdam(AdamW, Cycles):
             >>> graph.replay()
             >>> optimizer.end_due_cycles()
         """
-        stepped = []
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None and self.state.get(p)]
-            stepped.append((params, [self.state[p]["step"] for p in params]))
-        self._end_due_cycles(stepped, replayed=True)
+        if self._schedule.quiet(self.param_groups, self.state):
+            self._schedule.count()
+            return
+        self._end_due_cycles([[p for p in group["params"] if p.grad is not None] for group in self.param_groups])
 
-    def _phases_changed(self) -> None:
-        self._countdowns.clear()
-        for _, steps in self._anchored_steps():
-            self._ended.update(steps)
+    def _end_due_cycles(self, stepped: list[list[Tensor]]) -> None:
+        """Read the step counters of the parameters that a step has moved, and end their cycles where they are due."""
+        anchored = [[p for p in params if "extra_anchor" in self.state.get(p, ())] for params in stepped]
+        everything = [p for params in anchored for p in params]
+        if everything and _capturing(everything[0]):
+            warnings.warn(
+                "extraopt: a step is captured in a CUDA graph, which ends no cycles. Call end_due_cycles() after each "
+                "replay.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return
+        counters = [self.state[p]["step"] for p in everything]
+        steps = dict(zip(everything, read_counters(counters)))
+        left, due, ended = FAR, [], self._schedule.ended
+        for group, params in zip(self.param_groups, anchored):
+            every = group["extra_every"]
+            ends = {}
+            for p in params:
+                elapsed = steps[p] - self.state[p]["extra_origin"]
+                left = min(left, every - elapsed % every)
+                if ended.get(p) == steps[p]:  # a step that was skipped, or not counted any more
+                    continue
+                ended.pop(p, None)
+                if elapsed > 0 and elapsed % every == 0:
+                    ends[p] = steps[p]
+            due.append((group, ends))
+        first = (counters[0], steps[everything[0]]) if everything else None
+        batches = self._batches(due)
+        found_inf = getattr(self, "found_inf", None)
+        if batches and not (found_inf is not None and bool(found_inf)):  # a step that was skipped ends no cycle
+            self._end(batches)
+            for _, ends in due:
+                ended.update(ends)
+        self._schedule.keep(self.param_groups, self.state, left, first)
+
+    def _applied_steps(self, p: Tensor) -> int:
+        state = self.state.get(p)
+        if not state:
+            return 0
+        # DeepSpeed's ZeRO-3 loads a universal checkpoint with one counter for all its sub-groups
+        state["step"] = state["step"].clone()
+        return int(state["step"])
 
     def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], dict[Tensor, int]]]:
         """Each group with those of its parameters that have an anchor, and their applied steps."""

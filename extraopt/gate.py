@@ -1,6 +1,6 @@
 """How far to dare: pure functions from the sums of a cycle to gates, and to the tensors that must not jump.
 
-Sums come as `extraopt.kernels.cycle_sums` makes them: float64 [T, 4] on the CPU, for each tensor <D, V>, <D, D>,
+Sums come as `extraopt.kernels.TensorLists.sums` makes them: float64 [T, 4] on the CPU, for each tensor <D, V>, <D, D>,
 <V, V> and <E, E>, where D is the drift of this cycle, V the estimate before it and E the weights.
 """
 
@@ -94,7 +94,7 @@ def growth(seen: int, gate: float | None) -> float:
     return 1.0 if gate is None else seen / (seen + HALFWAY)
 
 
-def unknown(sums: Tensor) -> Tensor:
+def without_estimate(sums: Tensor) -> Tensor:
     """Which tensors have no estimate yet: bool [T]. A gated one of them stays, as does one that did not move."""
     return sums[:, 2] == 0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .loading import is_number
+from .state import is_number
 
 Window = tuple[float, float, float]
 """Count, mean and sum of squared deviations of the values reported in a stretch of training."""
@@ -15,10 +15,10 @@ Window = tuple[float, float, float]
 EMPTY: Window = (0.0, 0.0, 0.0)
 FEWEST = 3  # values on either side of a jump without which nothing is said
 SIGNIFICANT = 3.0  # standard errors; of pure noise, 10 values in a cycle, they take one jump in 67 back
-SHRINK, GROW = 0.5, 1.1  # the horizon after a jump that was taken back, and for each cycle that was not
+SHRINK, GROW = 0.5, 1.1  # the horizon after a jump that was rolled back, and for each cycle that was not
 
 
-def remembering(group: dict[str, Any]) -> None:
+def add_report_entries(group: dict[str, Any]) -> None:
     """Give a group of parameters what `report` keeps in it, where it has none.
 
     From the start: torch.distributed.checkpoint reads only what a fresh optimizer has.

@@ -13,14 +13,11 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from .adam import ExtraAdam
-from .cycle import JumpReport, new_anchor, new_drift
-from .cycles import Cycles, group_keeps_drift, momentum_of, stands
-from .knobs import KNOBS, check_knobs
-from .loading import check_cycle, held, place, whole_or_not_at_all
-from .rollback import remembering
-
-_DEFAULTS: dict[str, Any] = KNOBS
-_PROFILED = Optimizer.profile_hook_step(len).__code__
+from .hyperparameters import DEFAULTS, check_hyperparameters
+from .mixin import CycleMixin, learning_rate_is_zero, momentum_of, unhooked_step
+from .rollback import add_report_entries
+from .schedule import Schedule
+from .state import all_or_nothing, check_cycle, copy_to_place, new_anchor, opaque
 
 
 def _of_base(name: str) -> Any:
@@ -30,7 +27,7 @@ def _of_base(name: str) -> Any:
     )
 
 
-class Extra(Optimizer, Cycles):
+class Extra(Optimizer, CycleMixin):
     r"""Any optimizer, jumping ahead along the straight part of its own path.
 
     The rule is that of :class:`~extraopt.ExtraAdam`, with the base optimizer's step in the place of AdamW's and, in the
@@ -108,12 +105,12 @@ class Extra(Optimizer, Cycles):
         self,
         base_optimizer: Optimizer,
         *,
-        extra_every: int = _DEFAULTS["extra_every"],
-        extra_steps: int = _DEFAULTS["extra_steps"],
-        extra_beta: float | None = _DEFAULTS["extra_beta"],
-        extra_gate: float | None = _DEFAULTS["extra_gate"],
-        extra_start: int = _DEFAULTS["extra_start"],
-        extra_offload: bool = _DEFAULTS["extra_offload"],
+        extra_every: int = DEFAULTS["extra_every"],
+        extra_steps: int = DEFAULTS["extra_steps"],
+        extra_beta: float | None = DEFAULTS["extra_beta"],
+        extra_gate: float | None = DEFAULTS["extra_gate"],
+        extra_start: int = DEFAULTS["extra_start"],
+        extra_offload: bool = DEFAULTS["extra_offload"],
     ) -> None:
         kind = type(base_optimizer)
         if not isinstance(base_optimizer, Optimizer):
@@ -126,9 +123,9 @@ class Extra(Optimizer, Cycles):
                 f"Invalid base_optimizer: {kind.__name__} calls a closure within its step, so there are no single "
                 "steps to make cycles of."
             )
-        knobs = check_knobs(
+        hyperparameters = check_hyperparameters(
             {
-                **KNOBS,
+                **DEFAULTS,
                 "extra_every": extra_every,
                 "extra_steps": extra_steps,
                 "extra_beta": extra_beta,
@@ -137,11 +134,11 @@ class Extra(Optimizer, Cycles):
                 "extra_offload": extra_offload,
             }
         )
-        checked = [check_knobs({**knobs, **group}) for group in base_optimizer.param_groups]
+        checked = [check_hyperparameters({**hyperparameters, **group}) for group in base_optimizer.param_groups]
         for group, values in zip(base_optimizer.param_groups, checked):
             group.update(values)
-            remembering(group)
-        base_optimizer.defaults.update(knobs)
+            add_report_entries(group)
+        base_optimizer.defaults.update(hyperparameters)
         # not torch's constructor, which would set up groups and state that are there already
         self.__setstate__({"base_optimizer": base_optimizer})
 
@@ -161,9 +158,9 @@ class Extra(Optimizer, Cycles):
         # The base is stepped without its hooks, so those registered on it run with ours: once, and after the jump.
         self._optimizer_step_pre_hooks = self.base_optimizer._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = self.base_optimizer._optimizer_step_post_hooks
-        # A cache, written in place and never rebound: wrappers that take on our class (Lightning's) share what we hold
-        # but not what we would assign.
-        self._last_jump: list[JumpReport] = []
+        # Caches, emptied in place where they are there already.
+        self.__dict__.setdefault("_schedule", Schedule()).forget()
+        self.__dict__.setdefault("_last_jump", []).clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose parameters start a cycle of their own at their first step.
@@ -175,8 +172,8 @@ class Extra(Optimizer, Cycles):
             ValueError: a knob outside its range.
         """
         if isinstance(param_group, dict):  # else the base says what is wrong with it
-            param_group.update(check_knobs({**self.defaults, **param_group}))
-            remembering(param_group)
+            param_group.update(check_hyperparameters({**self.defaults, **param_group}))
+            add_report_entries(param_group)
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,15 +200,18 @@ class Extra(Optimizer, Cycles):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         own = self.param_groups
-        with whole_or_not_at_all(self):
+        with all_or_nothing(self):
             # the base's own method: 8-bit optimizers know which of their tensors must not be cast
             some = any(group["extra_offload"] for group in own)
-            self.base_optimizer.load_state_dict(held(state_dict) if some else state_dict)
+            self.base_optimizer.load_state_dict(opaque(state_dict) if some else state_dict)
             for i, (group, old) in enumerate(zip(self.param_groups, own)):
                 where = {"extra_offload": old["extra_offload"]}  # that is for this machine to say
-                group.update(check_knobs({**self.defaults, **old, **group, **where}))
-                remembering(group)
-                momentum_of(group), stands(group)  # what can't be read as a number fails here, not in a step
+                group.update(check_hyperparameters({**self.defaults, **old, **group, **where}))
+                add_report_entries(group)
+                (
+                    momentum_of(group),
+                    learning_rate_is_zero(group),
+                )  # what can't be read as a number fails here, not in a step
                 for j, p in enumerate(group["params"]):
                     self._take_over(p, f"parameter {j} in group {i}", group["extra_offload"])
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -220,7 +220,7 @@ class Extra(Optimizer, Cycles):
     def _take_over(self, p: Tensor, name: str, offload: bool) -> None:
         state = self.state.get(p, {})
         check_cycle(state, p, name, "extra_step" if "extra_step" in state else "step")
-        place(state, p, offload)  # bitsandbytes leaves everything on the device where it was saved
+        copy_to_place(state, p, offload)  # bitsandbytes leaves everything on the device where it was saved
 
     @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -241,71 +241,51 @@ class Extra(Optimizer, Cycles):
             with torch.enable_grad():
                 loss = closure()
 
-        stepped = [{p: None for p in group["params"] if p.grad is not None} for group in self.param_groups]
-        fresh = self._begin_cycles(stepped)
-        # Past the hooks and the profiler's range that torch puts around every step: those of our own step are running.
-        # Past a scheduler, too, that was made for the base and would warn that it never steps.
-        step: Any = type(self.base_optimizer).step
-        step = step.__wrapped__ if getattr(step, "__code__", None) is _PROFILED else step
+        stepped = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        self._refuse_capture(stepped)
+        with torch.no_grad():
+            fresh = self._begin_cycles(stepped)
+        # a scheduler that was made for the base would warn that it never steps
         self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
-        step(self.base_optimizer)
+        unhooked_step(type(self.base_optimizer))(self.base_optimizer)
+        self._join(fresh)
 
-        lanes = []
+        due = []
         for group, params in zip(self.param_groups, stepped):
-            due = {}
+            ends = {}
             for p in params:
-                if p in fresh:
-                    self.state[p].update(fresh[p])
                 state = self.state.get(p, {})
                 if "extra_anchor" not in state:
                     continue
                 state["extra_step"] += 1
-                if (state["extra_step"] - self._origin(p)) % group["extra_every"] == 0:
-                    due[p] = state["extra_step"]
-            lanes += self._lane(group, due)
-        if lanes:
-            self._end(lanes)
+                if (state["extra_step"] - state["extra_origin"]) % group["extra_every"] == 0:
+                    ends[p] = state["extra_step"]
+            due.append((group, ends))
+        batches = self._batches(due)
+        if batches:
+            self._end(batches)
         return loss
 
-    def _begin_cycles(self, stepped: list[dict[Tensor, None]]) -> dict[Tensor, dict[str, Any]]:
-        """What has to be known of the weights before a step.
-
-        Returns:
-            The entries of parameters that begin their first cycle. They may join the state only after the step: most
-            optimizers set up their own entries where they find none at all.
-        """
-        fresh: dict[Tensor, dict[str, Any]] = {}
+    def _refuse_capture(self, stepped: list[list[Tensor]]) -> None:
         for group, params in zip(self.param_groups, stepped):
-            # A step with lr 0 moves nothing, but it may be the one by which torch.distributed.checkpoint fills a fresh
-            # state, before weights are loaded. Then the first step that moves takes the anchor: till then its origin is
-            # kept as a complement, which is negative.
-            standing = stands(group)
-            for p in params:
-                if group["extra_steps"] and p.is_cuda and torch.cuda.is_current_stream_capturing():
-                    raise RuntimeError(
-                        "Extra.step() cannot be captured in a CUDA graph: a replay would never end a cycle. Capture "
-                        "the forward and backward pass and call step() outside the graph, or set extra_steps=0."
-                    )
-                state = self.state.get(p, {})
-                if not {"extra_anchor", "extra_origin"} <= state.keys() or not {"extra_step", "step"} & state.keys():
-                    if not group["extra_steps"]:
-                        continue
-                    # a base that has stepped before, or was loaded from a run without jumps, may have counted its steps
-                    count = int(state.get("step", 0))
-                    fresh[p] = {
-                        "extra_anchor": new_anchor(p, group["extra_offload"]),
-                        "extra_step": count,
-                        "extra_origin": ~count if standing else count,
-                    }
-                    if group_keeps_drift(group) and "extra_drift" not in state:
-                        fresh[p] |= {"extra_drift": new_drift(p, group["extra_offload"]), "extra_ratio": 0.0}
-                    continue
-                if "extra_step" not in state:
-                    state["extra_step"] = int(state["step"])  # from an ExtraAdam
-                if state["extra_origin"] < 0 and not standing:
-                    state["extra_anchor"].copy_(p.detach())
-                    state["extra_origin"] = ~state["extra_origin"]
+            if group["extra_steps"] and any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "Extra.step() cannot be captured in a CUDA graph: a replay would never end a cycle. Capture the "
+                    "forward and backward pass and call step() outside the graph, or set extra_steps=0."
+                )
+
+    def _begin_cycles(self, stepped: Iterable[Iterable[Tensor]]) -> dict[Tensor, dict[str, Any]]:
+        fresh = super()._begin_cycles(stepped)
+        for p in (p for params in stepped for p in params):
+            if "extra_anchor" in fresh.get(p, ()):
+                fresh[p]["extra_step"] = fresh[p]["extra_origin"]
+            elif "extra_anchor" in self.state.get(p, ()) and "extra_step" not in self.state[p]:
+                self.state[p]["extra_step"] = int(self.state[p]["step"])  # from an ExtraAdam
         return fresh
+
+    def _applied_steps(self, p: Tensor) -> int:
+        # a base that has stepped before, or was loaded from a run without jumps, may have counted its steps
+        return int(self.state.get(p, {}).get("step", 0))
 
     @contextlib.contextmanager
     def _moving(self, params: Iterable[Tensor]) -> Iterator[None]:

@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import CallbackHandler
 
 from ..adam import ExtraAdam
-from ..cycle import JumpReport
-from ..cycles import Cycles, group_keeps_drift
+from ..extrapolation import JumpReport
+from ..mixin import CycleMixin, group_keeps_estimate
 from ..rollback import FEWEST
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class ExtraCallback(TrainerCallback):
     def __init__(self, metric: str | None = "auto", *, greater_is_better: bool = True) -> None:
         self.metric = metric
         self.greater_is_better = greater_is_better
-        self._optimizer: Cycles | None = None  # only during training
+        self._optimizer: CycleMixin | None = None  # only during training
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,7 +82,7 @@ class ExtraCallback(TrainerCallback):
         self._taken_back = 0  # jumps since the last log
         self._metric = self.metric
         if self.metric == "auto":
-            samples = hasattr(args, "num_generations") and all(map(group_keeps_drift, optimizer.param_groups))
+            samples = hasattr(args, "num_generations") and all(map(group_keeps_estimate, optimizer.param_groups))
             self._metric = "entropy" if samples else None
         if self._metric is not None:
             optimizer.report(math.nan)  # counts for nothing, but raises now what it would raise at the first log
@@ -174,7 +174,7 @@ class ExtraCallback(TrainerCallback):
                 )
         self._values = 0
 
-    def _judge(self, optimizer: Cycles, logs: dict[str, Any]) -> None:
+    def _judge(self, optimizer: CycleMixin, logs: dict[str, Any]) -> None:
         """Report the metric, if `logs` have it and it is of weights since the last end of a cycle."""
         if self._metric is None or self._metric not in logs or "train_runtime" in logs:  # the averages of all training
             return
@@ -249,17 +249,17 @@ def use_extra_adam(
     return callback
 
 
-def _stepping(optimizer: Any) -> Cycles:
+def _stepping(optimizer: Any) -> CycleMixin:
     """The one of ours that steps within the wrappers of accelerate and DeepSpeed.
 
     Raises:
         RuntimeError: it is another optimizer.
     """
     names = [type(optimizer).__name__]
-    while not isinstance(optimizer, Cycles) and getattr(optimizer, "optimizer", None) is not None:
+    while not isinstance(optimizer, CycleMixin) and getattr(optimizer, "optimizer", None) is not None:
         optimizer = optimizer.optimizer
         names.append(type(optimizer).__name__)
-    if isinstance(optimizer, Cycles):
+    if isinstance(optimizer, CycleMixin):
         return optimizer
     if any(name.startswith(("DeepSpeed", "Dummy")) for name in names):
         cure = (
@@ -281,7 +281,7 @@ def _steps_per_generation(args: TrainingArguments) -> int:
     return math.lcm(micro_batches, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
 
 
-def _align(optimizer: Cycles, steps: int, say: bool) -> None:
+def _align(optimizer: CycleMixin, steps: int, say: bool) -> None:
     for group in optimizer.param_groups:
         every = -(-group["extra_every"] // steps) * steps
         if say and every != group["extra_every"]:

@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..cycle import averaging
+from ..extrapolation import averaging
 from ..gate import momentum_coherence
 from .checkpoints import CheckpointError
 from .plots import BLUE, GREEN, GREY, RED

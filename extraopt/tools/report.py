@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from ..cycles import momentum_of
 from ..gate import growth
-from ..knobs import KNOBS, check_knobs
+from ..hyperparameters import DEFAULTS, check_hyperparameters
+from ..mixin import momentum_of
 from ..rollback import GROW, SHRINK
 from .checkpoints import CheckpointError
 from .checkpoints.find import split_step
-from .checkpoints.read import check_records
+from .checkpoints.safety import check_records
 
 Row = dict[str, float]
 
@@ -186,9 +186,9 @@ def _optimizer(file: Path) -> tuple[dict[str, Any] | None, tuple[tuple[str, floa
         count = sum(max((t.numel() for _, t in state), default=0) for state in states)
         memory = tuple((key, size / count) for key, size in sorted(sizes.items()))
         groups = [group for group in saved["param_groups"] if group["params"]]
-        if not all(KNOBS.keys() <= group.keys() for group in groups):
+        if not all(DEFAULTS.keys() <= group.keys() for group in groups):
             return None, memory, count, (f"{where} is not ExtraAdam's: it has no extra_every and extra_steps.",)
-        knobs = [{**check_knobs(group), "momentum": momentum_of(group)} for group in groups]
+        knobs = [{**check_hyperparameters(group), "momentum": momentum_of(group)} for group in groups]
     except Exception as error:  # whatever a broken or foreign pickle raises
         return None, (), 0, (f"{where} can not be read ({type(error).__name__}): knobs and memory are left out.",)
     if not knobs or any(other != knobs[0] for other in knobs):
@@ -212,7 +212,7 @@ def ends(run: Run) -> list[Ends]:
     steps = [row["step"] for row in logs]
     gap = min((b - a for a, b in zip(steps, steps[1:])), default=math.inf)
     begun = max(0.0, steps[0] - gap) if steps else 0.0  # the log may begin in mid-run
-    every, gated = (run.knobs or {}).get("extra_every"), (run.knobs or KNOBS)["extra_gate"]
+    every, gated = (run.knobs or {}).get("extra_every"), (run.knobs or DEFAULTS)["extra_gate"]
     scale, seen, found = 1.0, int(begun // every) if every else 0, list[Ends]()
     left, standing = 0, list[int]()  # jumps that could still be taken back, and what they are parts of
     for row, last in zip(logs, [begun, *steps]):
@@ -322,7 +322,7 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
 
 
 def _verdict(run: Run, summary: dict[str, Any], gates: list[float]) -> list[str]:
-    knobs, said = run.knobs or KNOBS, list[str]()
+    knobs, said = run.knobs or DEFAULTS, list[str]()
     gate = fmean(gates) if gates else 0.0
     if not any(key.startswith("extra/") for row in run.rows for key in row):
         said.append(CURE)

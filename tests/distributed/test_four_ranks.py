@@ -27,8 +27,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import AdamW, Optimizer
 
-from extraopt import ExtraAdam
-from extraopt.cycle import JumpReport
+from extraopt import ExtraAdam, JumpReport
 
 WORLD = 4
 EVERY = 3

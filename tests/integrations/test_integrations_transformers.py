@@ -465,7 +465,7 @@ def test_the_batch_that_was_sampled_before_the_jump_is_held_against_it(tmp_path:
         return 0.0 if step in (9, 10, 11) else 1.0
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*taken back")
+        warnings.filterwarnings("error", message=".*rolled back")
         run = Grpo(tmp_path, falls_too_early, metric="reward", max_steps=15, knobs=STRAIGHT)
     assert run.ends.reports[10].jumped > 0 and run.taken_back() == []
 
@@ -473,7 +473,7 @@ def test_the_batch_that_was_sampled_before_the_jump_is_held_against_it(tmp_path:
 def test_a_loss_counts_as_a_reward(tmp_path: Path) -> None:
     trainer = Moved(llama(), arguments(tmp_path, max_steps=16), train_dataset=rows(same=True))
     use_extra_adam(trainer, metric="loss", greater_is_better=False, **STRAIGHT)
-    with pytest.warns(RuntimeWarning, match="taken back"):
+    with pytest.warns(RuntimeWarning, match="rolled back"):
         trainer.train()
     assert [log["step"] for log in trainer.state.log_history if log.get("extra/taken_back")] == [13]
 
@@ -509,7 +509,7 @@ def test_an_evaluation_right_after_the_jump_is_left_out(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=13, logging_steps=4, eval_strategy="steps", eval_steps=1)
     trainer = Moved(llama(), args, train_dataset=rows(same=True), eval_dataset=rows(same=True)[:2])
     use_extra_adam(trainer, metric="eval_loss", greater_is_better=False, **STRAIGHT)
-    with pytest.warns(RuntimeWarning, match="taken back"):
+    with pytest.warns(RuntimeWarning, match="rolled back"):
         trainer.train()
     losses = [log["eval_loss"] > 10 for log in trainer.state.log_history if "eval_loss" in log]
     assert losses.index(True) + 1 == 10

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
-from extraopt import ExtraAdam
-from extraopt.cycle import JumpReport
+from extraopt import ExtraAdam, JumpReport
 
 LR = 0.01
 ADAMW: dict[str, Any] = {"optimizer_impl": "torch.optim", "optimizer": "AdamW", "override_optimizer_config": None}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from extraopt import ExtraAdam
-from extraopt.knobs import KNOBS
+from extraopt.hyperparameters import DEFAULTS
 
 JUMPY = {"lr": 0.1, "extra_every": 3, "extra_steps": 6, "extra_beta": 0.0, "extra_gate": None}
 
@@ -65,7 +65,7 @@ def test_numpy_knobs_become_plain_numbers():
         extra_beta=np.float32(0.5),
         extra_gate=np.float64(0.4),
     )
-    types = {key: type(optimizer.param_groups[0][key]) for key in KNOBS}
+    types = {key: type(optimizer.param_groups[0][key]) for key in DEFAULTS}
     assert types == {
         "extra_every": int,
         "extra_steps": int,

@@ -177,7 +177,7 @@ def test_a_learning_rate_on_a_device_is_not_read():
     p.grad = torch.ones(3)
     optimizer = ExtraAdam([p])
     optimizer.param_groups[0]["lr"] = torch.tensor(0.01, device="meta")  # a read of it raises, and so is seen
-    optimizer._init_group(optimizer.param_groups[0], *([] for _ in range(6)))
+    optimizer._before_step()
     assert optimizer.state[p]["extra_origin"] == 0
 
 

@@ -142,7 +142,7 @@ def test_gpu_a_jump_is_taken_back_and_anchors_are_reset():
     for model, optimizer in runs:
         train(model, optimizer, range(4 * K))
         taken_back = []
-        with pytest.warns(RuntimeWarning, match="taken back"):
+        with pytest.warns(RuntimeWarning, match="rolled back"):
             for metric in (5.0, 5.1, 4.9, 5.0):
                 optimizer.report(metric)
             train(model, optimizer, range(4 * K, 5 * K))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from extraopt import ExtraAdam, kernels
-from extraopt.cycle import Lane, averaging, end_cycle
+from extraopt.extrapolation import CycleBatch, averaging, end_cycle
 from extraopt.kernels import reference
 
 REAL = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -93,14 +93,8 @@ def test_the_end_of_a_cycle_is_the_reference_within_one_rounding(tensors, knobs,
 
     P = [make_like(e) for e in E]
     anchors, drifts = [make_like(a) for a in A], [make_like(v) for v in V]
-    report = end_cycle(
-        [
-            Lane(
-                P, anchors, drifts, [k] * len(P), [seen] * len(P), every=k, horizon=n, beta=b, gate=gate, start=0,
-                momentum=momentum,
-            )
-        ]
-    )  # fmt: skip
+    batch = CycleBatch(P, anchors, drifts, [k] * len(P), [seen] * len(P), k, n, b, gate, start=0, momentum=momentum)
+    report, _ = end_cycle([batch], [])
 
     assert abs(report.jumped - sum(x > 0 for x in want_g)) <= len(P)
     for p, a, v, e, a0, v0, w, nv, x in zip(P, anchors, drifts, E, A, V, want_W, want_V, want_g):
@@ -125,7 +119,7 @@ def test_complex_tensors_jump_as_pairs_of_reals():
     rule = {"every": 3, "beta": 0.8, "gate": 0.4, "momentum": 0.5}
     want, _, (gate,) = reference.end_cycle(*([t] for t in pairs), steps=9, seen=2, **rule)
     p = E.clone()
-    report = end_cycle([Lane([p], [A.clone()], [V.clone()], [3], [2], horizon=9, start=0, **rule)])
+    report, _ = end_cycle([CycleBatch([p], [A.clone()], [V.clone()], [3], [2], horizon=9, start=0, **rule)], [])
     assert report.gate == pytest.approx(gate) and 0 < gate < 1
     assert_within_one_rounding(torch.view_as_real(p), want[0], gate * 3, *pairs)
 

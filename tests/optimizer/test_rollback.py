@@ -56,7 +56,7 @@ def test_a_jump_that_made_things_worse_is_taken_back_and_the_steps_since_are_kep
 
 def test_after_a_roll_back_jumps_are_half_as_long_and_recover() -> None:
     params, optimizer, _ = jumped()
-    with pytest.warns(RuntimeWarning, match="taken back"):
+    with pytest.warns(RuntimeWarning, match="rolled back"):
         while not optimizer.report(0.3):
             pass
     drift = [optimizer.state[p]["extra_drift"].clone() for p in params]
@@ -111,7 +111,7 @@ def test_what_was_reported_goes_through_a_checkpoint() -> None:
     resumed = [Parameter(p.detach().clone()) for p in params]
     again = ExtraAdam(resumed, **KNOBS)
     again.load_state_dict(reload(optimizer.state_dict()))
-    with pytest.warns(RuntimeWarning, match="taken back"):
+    with pytest.warns(RuntimeWarning, match="rolled back"):
         assert optimizer.report(0.3) and again.report(0.3)
     assert_same([p.detach() for p in params], [p.detach() for p in resumed])
     assert_same(optimizer.state_dict(), again.state_dict())
@@ -126,7 +126,7 @@ def test_an_older_jump_of_a_group_with_a_longer_cycle_is_taken_back_too() -> Non
         step([fast, slow], optimizer)
     landed = [p.detach().clone() for p in (fast, slow)]
     optimizer.report(0.31), optimizer.report(0.3)
-    with pytest.warns(RuntimeWarning, match="taken back"):
+    with pytest.warns(RuntimeWarning, match="rolled back"):
         assert optimizer.report(0.3)
     assert not torch.equal(fast, landed[0]) and torch.equal(slow, landed[1])
 
@@ -167,7 +167,7 @@ def test_a_drift_that_is_not_finite_is_not_taken_back_with() -> None:
     with torch.no_grad():
         optimizer.state[params[0]]["extra_drift"][0] = float("nan")
     stays = params[0].detach().clone()
-    with pytest.warns(RuntimeWarning, match="taken back"):
+    with pytest.warns(RuntimeWarning, match="rolled back"):
         while not optimizer.report(0.3):
             pass
     assert torch.equal(params[0], stays)

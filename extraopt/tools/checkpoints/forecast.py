@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...cycle import averaging
+from ...extrapolation import averaging
 from ...gate import momentum_coherence, openness
-from ...knobs import KNOBS
+from ...hyperparameters import DEFAULTS
 
 METHODS = {
     "secant": "the last drift goes on unchanged (RL-Extra, arXiv 2601.04537)",
@@ -119,7 +119,7 @@ def _jump(method: str, t: Tensor, gram: Tensor, start: int, target: int) -> Tens
     before = average[1:]  # the estimate that the gate compares the newest drift with
     norms = float(rates[-1, -1].clamp(min=0) * (before @ rates[:-1, :-1] @ before).clamp(min=0)) ** 0.5
     floor = torch.tensor(momentum_coherence(every, beta, seen=start - 1))
-    gate = openness(rates[-1, :-1] @ before / norms, KNOBS["extra_gate"], floor) if norms > 0 else 0.0
+    gate = openness(rates[-1, :-1] @ before / norms, DEFAULTS["extra_gate"], floor) if norms > 0 else 0.0
     return gate * horizon * average / gaps
 
 

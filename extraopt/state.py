@@ -1,4 +1,4 @@
-"""What a state must be for an optimizer to go on from it: checked before, or else the optimizer stays as it was."""
+"""The entries of a parameter's state: how they are made, and what loaded ones must be."""
 
 from __future__ import annotations
 
@@ -7,19 +7,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .cycle import to_host
-from .knobs import MOST
+from .hyperparameters import MAX_COUNT
 
-TENSORS = {"extra_anchor", "extra_drift"}
+TENSORS = {"extra_anchor", "extra_drift"}  # the second is V, the drift estimate
 
 # what torch and Python raise over a state that is none
 MALFORMED = TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError, RecursionError
 
 
+def new_anchor(p: Tensor, offload: bool = False) -> Tensor:
+    """A copy of `p`: same shape, dtype and strides (a DTensor of one), on its device or, offloaded, in host memory."""
+    return to_host(p.detach()) if offload and p.is_cuda else p.detach().clone(memory_format=torch.preserve_format)
+
+
+def new_estimate(p: Tensor, offload: bool = False) -> Tensor:
+    """An estimate of no drifts: zeros like `p`, on its device or, offloaded, in host memory."""
+    if offload and p.is_cuda:
+        return to_host(p.detach()).zero_()
+    return torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def to_host(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy in pinned host memory, of the same strides; of a DTensor, its local part there."""
+    return torch.empty_like(t, dtype=dtype, device="cpu", pin_memory=torch.cuda.is_available()).copy_(t)
+
+
+def offload(state: dict[str, Any]) -> None:
+    """Bring a parameter's anchor and estimate back to host memory, from where trainers and loaders may take them."""
+    for key in TENSORS & state.keys():
+        if state[key].is_cuda:
+            state[key] = to_host(state[key])
+
+
 @contextmanager
-def whole_or_not_at_all(optimizer: Any) -> Iterator[None]:
+def all_or_nothing(optimizer: Any) -> Iterator[None]:
     """Around the loading of a state: where it fails, the optimizer keeps the state and the groups that it had.
 
     Raises:
@@ -36,23 +60,23 @@ def whole_or_not_at_all(optimizer: Any) -> Iterator[None]:
         raise
 
 
-class Held:
+class Opaque:
     """A tensor that torch's load_state_dict hands on as it is, instead of bringing it to its parameter's device."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
-def held(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict whose anchors and estimates are held: together they may be more than the device has room for."""
+def opaque(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose anchors and estimates stay where they are: the device may not have room for all of them."""
     state = {
-        key: {k: Held(v) if k in TENSORS and isinstance(v, Tensor) else v for k, v in entries.items()}
+        key: {k: Opaque(v) if k in TENSORS and isinstance(v, Tensor) else v for k, v in entries.items()}
         for key, entries in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
 
 
-def place(entries: dict[str, Any], p: Tensor, offload: bool) -> None:
+def copy_to_place(entries: dict[str, Any], p: Tensor, offload: bool) -> None:
     """Bring loaded anchors and estimates to where and what they must be, as copies.
 
     torch keeps the very tensors of a dict where dtype and device fit: another optimizer that loads the same dict would
@@ -74,7 +98,7 @@ def is_number(value: Any, least: float = -math.inf, below: float = math.inf) -> 
 
 
 def _is_count(value: Any) -> bool:
-    return is_number(value, 0, MOST) and float(value).is_integer()
+    return is_number(value, 0, MAX_COUNT) and float(value).is_integer()
 
 
 def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> None:
@@ -90,19 +114,20 @@ def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> No
         ValueError: an entry is not what it must be.
     """
     for key in TENSORS & state.keys():
-        if isinstance(state[key], Held):
+        if isinstance(state[key], Opaque):
             state[key] = state[key].tensor
     for key in ("extra_anchor", "extra_drift"):
         if key in state:
             _check_like(state[key], p, f"{key} of {name}")
     step, origin, ratio = state.get(counter), state.get("extra_origin", 0), state.get("extra_ratio", 0.0)
     if step is not None and not _is_count(step):
-        raise ValueError(f"{counter} of {name} is {step!r:.80}. It must be a count from 0 to {MOST}.")
+        raise ValueError(f"{counter} of {name} is {step!r:.80}. It must be a count from 0 to {MAX_COUNT}.")
     if type(origin) is not int or step is not None and not 0 <= (origin if origin >= 0 else ~origin) <= int(step):
         raise ValueError(f"extra_origin of {name} is {origin!r:.80}. It must be an integer up to its applied steps.")
     if not isinstance(ratio, (int, float)) or not is_number(ratio):
         raise ValueError(f"extra_ratio of {name} is {ratio!r:.80}. It must be a finite number.")
-    if step is None or not {"extra_anchor", "extra_origin"} <= state.keys():
+    # a negative origin, its complement, is that of a parameter that had not moved yet: the next step takes its anchor
+    if step is None or not {"extra_anchor", "extra_origin"} <= state.keys() or origin < 0:
         for key in ("extra_anchor", "extra_origin", "extra_step"):
             state.pop(key, None)
     if "extra_drift" not in state:

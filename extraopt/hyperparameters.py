@@ -1,4 +1,4 @@
-"""The knobs of the rule: their names, defaults and ranges."""
+"""The hyperparameters of the rule: their names, defaults and ranges."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-KNOBS = {
+DEFAULTS: dict[str, Any] = {
     "extra_every": 10,
     "extra_steps": 200,
     "extra_beta": None,
@@ -14,12 +14,12 @@ KNOBS = {
     "extra_start": 0,
     "extra_offload": False,
 }
-MOST = 2**53  # steps: a float tells no more of them apart
+MAX_COUNT = 2**53  # steps: a float tells no more of them apart
 
 
 def _count(name: str, value: Any, least: int) -> int:
     try:
-        if not isinstance(value, bool) and least <= operator.index(value) <= MOST:
+        if not isinstance(value, bool) and least <= operator.index(value) <= MAX_COUNT:
             return operator.index(value)
     except (TypeError, RuntimeError):
         pass
@@ -43,17 +43,17 @@ def _switch(name: str, value: Any) -> bool:
     return value
 
 
-def check_knobs(knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs as plain int, float, bool or None, which `torch.load(weights_only=True)` reads back.
+def check_hyperparameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters as plain int, float, bool or None, which `torch.load(weights_only=True)` reads back.
 
     Raises:
-        ValueError: a knob outside its range.
+        ValueError: one is outside its range.
     """
     return {
-        "extra_every": _count("extra_every", knobs["extra_every"], 1),
-        "extra_steps": _count("extra_steps", knobs["extra_steps"], 0),
-        "extra_beta": _fraction("extra_beta", knobs["extra_beta"], "[0, 1)", lambda b: 0 <= b < 1),
-        "extra_gate": _fraction("extra_gate", knobs["extra_gate"], "(0, 1]", lambda g: 0 < g <= 1),
-        "extra_start": _count("extra_start", knobs["extra_start"], 0),
-        "extra_offload": _switch("extra_offload", knobs["extra_offload"]),
+        "extra_every": _count("extra_every", given["extra_every"], 1),
+        "extra_steps": _count("extra_steps", given["extra_steps"], 0),
+        "extra_beta": _fraction("extra_beta", given["extra_beta"], "[0, 1)", lambda b: 0 <= b < 1),
+        "extra_gate": _fraction("extra_gate", given["extra_gate"], "(0, 1]", lambda g: 0 < g <= 1),
+        "extra_start": _count("extra_start", given["extra_start"], 0),
+        "extra_offload": _switch("extra_offload", given["extra_offload"]),
     }

@@ -1,0 +1,92 @@
+"""When cycles are due, told without reading every step counter at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FAR = 1 << 62
+
+
+def read_counters(counters: Sequence[Tensor]) -> list[int]:
+    """The values of 0-dim step counters; one transfer for all that live on a device."""
+    if all(c.is_cpu for c in counters):
+        return [int(c) for c in counters]
+    return [int(c) for c in torch.stack([c.to(counters[0].device) for c in counters]).tolist()]
+
+
+def _settings(groups: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    return [(group["extra_every"], group["extra_steps"]) for group in groups]
+
+
+class Schedule:
+    """What an optimizer knew when it last read its step counters, and so until when no cycle can begin or end.
+
+    Caches only: a resumed run does without. Written in place, never rebound, since wrappers that take on an optimizer's
+    class (Lightning's) share what it holds but not what they would assign.
+
+    Attributes:
+        waiting: parameters whose steps so far had a learning rate of 0: the first step that moves takes their anchor.
+        ended: applied steps at which cycles have ended, of parameters that may have taken none since.
+        params: those of all groups when counters were last read.
+        tables: the kernels' tables of each batch of tensors, kept from one end of a cycle to the next.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew, as after a state was loaded."""
+        self.waiting: set[Tensor] = set()
+        self.ended: dict[Tensor, int] = {}
+        self.tables: list[Any] = []
+        self.params: list[Tensor] = []
+        self._states: list[dict[str, Any]] = []
+        self._idle: list[Tensor] = []
+        self.reread()
+
+    def reread(self) -> None:
+        """Let the next step read all counters: something has changed the phases of cycles."""
+        self._left = 0  # steps until the first of the cycles can end
+
+    def keep(
+        self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], left: int, first: tuple[Tensor, int] | None
+    ) -> None:
+        """Remember that no cycle of the parameters that have a gradient now can end in fewer than `left` steps.
+
+        Args:
+            groups: the optimizer's.
+            state: the optimizer's.
+            left: 1 or more.
+            first: a step counter of one of them and its value; None where no parameter has one.
+        """
+        self.params = [p for group in groups for p in group["params"]]
+        self._states = list(state.values())
+        self._idle = [p for p in self.params if p.grad is None]
+        self._settings = _settings(groups)
+        self._left, self._calls, self._first = left, 0, first
+
+    def quiet(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> bool:
+        """Whether the next step surely begins no cycle and ends none. Never waits for a device."""
+        if self._left <= 1 or not self.params or self.waiting or self._settings != _settings(groups):
+            return False
+        if self._first is not None and self._first[0].is_cpu:  # reading it is free, and notices edits from outside
+            if not 0 <= int(self._first[0]) - self._first[1] <= self._calls:
+                return False
+        return (
+            sum(len(group["params"]) for group in groups) == len(self.params)
+            and all(map(is_, chain.from_iterable(group["params"] for group in groups), self.params))
+            and len(state) == len(self._states)
+            and all(map(is_, state.values(), self._states))
+            and all(p.grad is None for p in self._idle)
+        )
+
+    def count(self) -> None:
+        """One more step was taken, quietly; it may have been skipped."""
+        self._left -= 1
+        self._calls += 1

@@ -1,0 +1,38 @@
+"""Tensors that are sharded over ranks: their local parts, and sums over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _is_dtensor(t: Any) -> bool:
+    return hasattr(t, "to_local")  # importing the class would double the time of `import extraopt`
+
+
+def local(tensors: Sequence[Any]) -> list[Tensor]:
+    """The part of each tensor that lies on this rank: the tensor itself where it is no DTensor."""
+    return [t.to_local() if _is_dtensor(t) else t for t in tensors]
+
+
+def sum_over_shards(sums: Tensor, params: Sequence[Any]) -> Tensor:
+    """Add up the sums of tensors that are sharded over ranks, so that every rank decides on the whole tensor.
+
+    One all-reduce for each dimension of each mesh: [tensors of the mesh, 4] float64.
+    """
+    meshes: dict[Any, list[int]] = {}
+    for i, p in enumerate(params):
+        if _is_dtensor(p):
+            meshes.setdefault(p.device_mesh, []).append(i)
+    for mesh, indices in meshes.items():
+        for dim in range(mesh.ndim):
+            split = torch.tensor([not params[i].placements[dim].is_replicate() for i in indices])
+            if mesh.size(dim) == 1 or not split.any():
+                continue
+            total = sums[indices].to(mesh.device_type)
+            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+            sums[indices] = torch.where(split[:, None], total.cpu(), sums[indices])
+    return sums
