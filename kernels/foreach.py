@@ -157,18 +157,23 @@ def jump_(work: Work, ratios: Tensor, retreats: Tensor, weight: float) -> None:
         _block_jump_(part, *factors[i], weight, scratch)
 
 
+def _factors(*columns: Tensor) -> dict[bool, list[tuple[float, ...]]]:
+    """Each tensor's factors as float64 tensors take them (True), and rounded to float32, as all others do."""
+    return {wide: list(zip(*((c if wide else c.float()).tolist() for c in columns))) for wide in (False, True)}
+
+
 def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:
     """The retreat of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
-    factors = list(zip(retreats.tolist(), weights.tolist()))
+    factors = _factors(retreats, weights)
     for i, part, scratch in _each(work, 3):
-        _block_retreat_(part, *factors[i], scratch)
+        _block_retreat_(part, *factors[part[0].dtype == torch.float64][i], scratch)
 
 
 def trial_(work: Work, ratios: Tensor) -> None:
     """The trial of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
-    factors = ratios.tolist()
+    factors = _factors(ratios)
     for i, part, scratch in _each(work, 2):
-        _block_trial_(part, factors[i], scratch)
+        _block_trial_(part, *factors[part[0].dtype == torch.float64][i], scratch)
 
 
 def anchor_(work: Work) -> None:

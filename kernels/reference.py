@@ -70,3 +70,38 @@ def end_cycle(
             w = e + g * (horizon / every) * nv - back * d
         new_W, new_V, gates = [*new_W, w], [*new_V, nv], [*gates, g]
     return new_W, new_V, gates
+
+
+def retreat(
+    weights: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    drifts: Sequence[Tensor],
+    retreats: Sequence[float],
+    shares: Sequence[float],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Take the drift into the estimate, and leave the anchor behind the weights by a part of the drift.
+
+    Args:
+        weights: E, any shapes and real dtypes.
+        anchors: A, same shapes.
+        drifts: V, the estimates, same shapes.
+        retreats: part of D = E - A that each anchor stays behind.
+        shares: of the new drift in each estimate.
+
+    Returns:
+        New anchors E - retreat * D and new estimates V + share * (D - V), both float64.
+    """
+    E, A, V = ([t.double() for t in ts] for ts in (weights, anchors, drifts))
+    new_A = [e - r * (e - a) for e, a, r in zip(E, A, retreats)]
+    new_V = [v + w * (e - a - v) for e, a, v, w in zip(E, A, V, shares)]
+    return new_A, new_V
+
+
+def trial(anchors: Sequence[Tensor], drifts: Sequence[Tensor], ratios: Sequence[float]) -> list[Tensor]:
+    """Weights A + ratio * V of each tensor, float64."""
+    return [a.double() + r * v.double() for a, v, r in zip(anchors, drifts, ratios)]
+
+
+def anchor(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Anchors at the weights, float64."""
+    return [e.double() for e in weights]

@@ -1,7 +1,8 @@
 """Compile every shipped variant of the Triton kernels, without a GPU: a script, run by test_kernel_compiled.py.
 
 A fake driver claims to be the GPU asked for and the launch stops short of running anything, so the kernels are compiled
-by the calls that compile them in use: ``jump_`` and ``cycle_sums``, with the arguments that those pass to Triton.
+by the calls that compile them in use: ``cycle_sums``, ``jump_``, ``retreat_`` and ``trial_``, with the arguments that
+those pass to Triton.
 
     python _compile_kernels.py TARGET...      a target is sm_90, gfx942, ...; one JSON object per kernel and line
 """
@@ -125,7 +126,11 @@ def main() -> None:
                 params, anchors, drifts = ([torch.zeros(n, dtype=dtype) for n in (20_000, 5)] for _ in range(3))
                 work = multi_tensor.prepare(params, anchors, drifts if drift else None)
                 multi_tensor.cycle_sums(work)
-                multi_tensor.jump_(work, [0.5, 2.0], [0.5, 0.0], 0.1)
+                ratios, retreats = (torch.tensor(x, dtype=torch.float64) for x in ([0.5, 2.0], [0.5, 0.0]))
+                multi_tensor.jump_(work, ratios, retreats, 0.1)
+                if drift:
+                    multi_tensor.retreat_(work, retreats, ratios)
+                    multi_tensor.trial_(work, ratios)
 
 
 if __name__ == "__main__":

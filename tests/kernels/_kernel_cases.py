@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from extraopt.kernels import multi_tensor
+from extraopt.kernels import TensorLists, multi_tensor, streamed
 
 GUARD, SENTINEL = 64, 77.0
 LAYOUTS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
@@ -98,13 +98,22 @@ def plain_jump_(
         a.copy_(p)
 
 
+def prepared(module: ModuleType, params: Any, anchors: Any, drifts: Any) -> Any:
+    extra = [TensorLists] if module is streamed else []
+    return module.prepare(params, anchors, drifts, *extra)
+
+
+def column(factors: Sequence[float]) -> Tensor:
+    return torch.tensor(factors, dtype=torch.float64)
+
+
 def sums(module: ModuleType, *lists: Any) -> Tensor:
     """What a module's two steps make of params, anchors and drifts."""
-    return module.cycle_sums(module.prepare(*lists))
+    return module.cycle_sums(prepared(module, *lists))
 
 
-def jump_(module: ModuleType, params: Any, anchors: Any, drifts: Any, *how: Any) -> None:
-    module.jump_(module.prepare(params, anchors, drifts), *how)
+def jump_(module: ModuleType, params: Any, anchors: Any, drifts: Any, ratios: Any, retreats: Any, weight: Any) -> None:
+    module.jump_(prepared(module, params, anchors, drifts), column(ratios), column(retreats), weight)
 
 
 def exact_jump(
@@ -128,10 +137,11 @@ def exact_sums(p: Tensor, a: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def bits(t: Tensor) -> Tensor:
-    return t.detach().cpu().contiguous().view(torch.int16 if t.dtype.itemsize == 2 else torch.int32)
+    real = torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
+    return real.cpu().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[real.itemsize])
 
 
 def differing(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[tuple[int, tuple[int, ...], int]]:
-    """(place, shape, number of elements) of what is not the same, bit for bit."""
+    """(index, shape, number of elements) of what is not the same, bit for bit."""
     counts = [int((bits(g) != bits(w)).sum()) for g, w in zip(got, wanted, strict=True)]
     return [(i, tuple(wanted[i].shape), count) for i, count in enumerate(counts) if count]

@@ -48,6 +48,7 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_variant_compiles_to_lean_code(compiled, target):
     variants = set(itertools.product(("_jump_kernel", "_sums_kernel"), DTYPES, (False, True)))
+    variants |= set(itertools.product(("_retreat_kernel", "_trial_kernel"), DTYPES, (True,)))
     # one finish serves all: nothing else about a launch makes Triton compile again
     assert set(compiled[target]) == variants | {("_finish_kernel", "float32", False)}
     for variant, row in compiled[target].items():
@@ -55,14 +56,17 @@ def test_every_variant_compiles_to_lean_code(compiled, target):
         assert row.get("local", 0) == 0, row  # spills, stack
         assert row["flushing"] == 0, row  # subnormals are numbers, too
         kernel, dtype, drift = variant
-        if kernel != "_finish_kernel":
-            tensors = 3 if drift else 2
-            # Aligned: all wide. Misaligned: all narrow, which the interpreter can't see and a GPU would fault on.
-            assert row["load_128"] and row["load_128"] % tensors == 0, row
-            assert row["load_1"] >= 4 * tensors, row
-        if kernel == "_jump_kernel":
-            assert row["store_128"] == row["load_128"], row
-            assert row["store_1"] >= 8 * tensors, row
+        if kernel == "_finish_kernel":
+            continue
+        tensors = 3 if drift else 2
+        reads = {"_trial_kernel": 2}.get(kernel, tensors)
+        writes = {"_sums_kernel": 0, "_jump_kernel": tensors, "_retreat_kernel": 2, "_trial_kernel": 1}[kernel]
+        # Aligned: all wide. Misaligned: all narrow, which the interpreter can't see and a GPU would fault on.
+        assert row["load_128"] and row["load_128"] % reads == 0, row
+        assert row["load_1"] >= 4 * reads, row
+        if writes:
+            assert row["store_128"] * reads == row["load_128"] * writes, row
+            assert row["store_1"] >= 8 * writes, row
 
 
 @pytest.mark.parametrize("drift", [True, False])

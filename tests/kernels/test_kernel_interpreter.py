@@ -30,12 +30,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 else:
     import _kernel_cases as cases
+    import test_kernel_operations as operations
     import test_properties
     from helpers import assert_same
-    from hypothesis import Phase, settings
+    from hypothesis import Phase, given, settings
 
-    from extraopt import ExtraAdam, kernels
-    from extraopt.kernels import foreach, multi_tensor
+    from extraopt import ExtraAdam
+    from extraopt.kernels import foreach, lists, multi_tensor
 
     torch.set_num_threads(1)
     FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -77,7 +78,7 @@ else:
 
         spy(foreach)
         spy(multi_tensor)
-        monkeypatch.setattr(kernels, "_FUSED_DEVICES", {"cpu"})
+        monkeypatch.setattr(lists, "FUSED_DEVICES", {"cpu"})
         return counts
 
     def test_the_end_of_a_cycle_is_the_reference_within_one_rounding(taken):
@@ -107,7 +108,7 @@ else:
         ours, our_states = run()
         assert taken[multi_tensor] == {torch.float32: 3 * 6, torch.bfloat16: 3 * 2, torch.float16: 3 * 2}
         assert taken[foreach] == {torch.float64: 3 * 4, torch.float32: 3 * 1}
-        monkeypatch.setattr(kernels, "_FUSED_DEVICES", set())
+        monkeypatch.setattr(lists, "FUSED_DEVICES", set())
         theirs, their_states = run()
         assert_same(ours, theirs, "weights")
         assert_same(our_states, their_states, "states")
@@ -137,6 +138,20 @@ else:
             assert ((fused.params[i].double() - p).abs() <= half_ulp * p.abs() + slack).all()
             if drift:
                 assert ((fused.drifts[i].double() - v).abs() <= half_ulp * v.abs() + slack).all()
+
+    @operations.OPERATIONS
+    @settings(max_examples=40, phases=[Phase.generate])
+    @given(problem=operations.problems(FLOATS, complex_too=False, gaps=False))
+    def test_retreat_trial_and_anchor(name, problem):
+        fused = operations.by_module(multi_tensor)
+        operations.check_reference(problem, name, fused)
+        operations.check_same(problem, name, operations.by_module(foreach), fused)
+
+    @pytest.mark.parametrize("victim", range(3))
+    @pytest.mark.parametrize("change", operations.SWAPS)
+    def test_a_list_is_kept_though_its_tensors_are_others(monkeypatch, change, victim):
+        monkeypatch.setattr(lists, "FUSED_DEVICES", {"cpu"})
+        operations.check_fit(*operations.fitted(torch.float32), multi_tensor, change, victim)
 
     @pytest.mark.parametrize("drift", [True, False])
     @pytest.mark.parametrize("ratio", [0.0, 0.5, 5.0])
@@ -217,6 +232,18 @@ else:
             assert written._version > version
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
+        work = multi_tensor.prepare([leaf], [anchor], [drift])
+        half = torch.tensor([0.5], dtype=torch.float64)
+        for operation, factors, wanted in [
+            ("retreat_", [half] * 2, (1, 2)),
+            ("trial_", [half], (0,)),
+            ("anchor_", [], (1,)),
+        ]:
+            before = [t._version for t in (leaf, anchor, drift)]
+            with torch.no_grad():
+                getattr(multi_tensor, operation)(work, *factors)
+            after = [t._version for t in (leaf, anchor, drift)]
+            assert [i for i in range(3) if after[i] > before[i]] == list(wanted), operation
 
     def test_tables_follow_the_addresses():
         lists = cases.Lists([(torch.float32, 5, lambda flat: flat, (0, 0, 0))] * 3)

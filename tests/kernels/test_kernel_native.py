@@ -126,7 +126,7 @@ def test_a_cycle_without_a_compiler_is_another_one(monkeypatch):
     def run():
         lists = cases.Lists(cases.specs(torch.float32, [5, 33, 4097]))
         n = len(lists.params)
-        work = kernels.Lists(lists.params, lists.anchors, lists.drifts)
+        work = kernels.TensorLists(lists.params, lists.anchors, lists.drifts)
         sums = work.sums()
         work.jump_(cases.ratios(n), cases.retreats(n), 0.1)
         return sums, lists
