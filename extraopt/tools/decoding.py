@@ -10,17 +10,20 @@ transformers; `import extraopt` does not import this file.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor
+
+CACHES = ("cache", "past_key_values", "cache_params", "past_buckets_states", "mems")  # as models name it
+OTHER_STATES = {"state"}  # rwkv's, which nothing reorders
+NO_INPUTS = {"logits_processor", "stopping_criteria", "generation_config", "synced_gpus", "streamer"}
 
 
 def extrapolate(later: Tensor, earlier: Tensor, alpha: float) -> Tensor:
@@ -52,13 +55,18 @@ def extrapolate(later: Tensor, earlier: Tensor, alpha: float) -> Tensor:
 class LogitsExtrapolation(LogitsProcessor):
     """Let `generate` choose tokens by `(1 + alpha) * logits_2 - alpha * logits_1` (arXiv 2601.04537).
 
-        model.generate(**inputs, logits_processor=[LogitsExtrapolation(earlier_model, alpha=0.5)])
+        extrapolation = LogitsExtrapolation(earlier_model, alpha=0.5, attention_mask=inputs["attention_mask"])
+        model.generate(**inputs, logits_processor=[extrapolation])
 
     logits_2 are the generating model's, logits_1 the earlier model's for the same tokens, computed here with a KV cache
-    of its own: one forward pass of one token for each step. Works in greedy decoding, sampling and beam search, with
-    batches padded on the left, with several returned sequences, and again and again with the same object; a new call of
-    `generate` starts afresh, and the cache is dropped when the call ends. Models whose forward takes no cache are run
-    over the whole sequence at every step.
+    of its own: one forward pass of one token for each step, with the inputs that the earlier model's own `generate`
+    would give it. Works in greedy decoding, sampling, beam search and assisted decoding, with batches padded on the
+    left and with several returned sequences. Models whose forward takes no cache, and those whose cache can't follow
+    the beams, are run over the whole sequence where they must.
+
+    An object serves one call of `generate`. It may serve another one for the same prompts, or for prompts without
+    padding; for others give it their mask by `reset`, which also frees the cache. After a change of the earlier model's
+    weights call `reset` too.
 
     `generate` applies its processors in this order: those that its configuration asks for (`repetition_penalty`,
     `min_new_tokens`, `bad_words_ids`, ...), then the list given to it, then temperature, top-k, top-p and their like.
@@ -66,22 +74,26 @@ class LogitsExtrapolation(LogitsProcessor):
     made before (`repetition_penalty`, `sequence_bias`) are extrapolated too, (1 + alpha) times as strong: to have them
     act on the extrapolated logits, put their processor into the list behind this one instead of into the configuration.
 
-    In beam search scores are log-probabilities, and what comes out is normalised again over the tokens still allowed.
+    What comes out has the normaliser (log-sum-exp) of what came in: in beam search, whose scores are log-probabilities,
+    it is log-probabilities again.
 
-    Text only: the earlier model sees the token ids, not images or embeddings. Both models should be in eval mode.
+    Text only: the earlier model sees the token ids, not images or embeddings. Both models should be in eval mode, and
+    be two models: between a model and itself there is nothing to extrapolate.
 
     Args:
         earlier_model: a transformers causal language model, or a PEFT one, with the same tokens as the generating
-            model; on any device, in any dtype (logits are mixed in float32, on the generating model's device).
-            For an adapter's own base model use `LogitsExtrapolation.adapter_off`: it needs no second copy.
+            model; on any device, offloaded or not, in any dtype (logits are mixed in float32, on the generating
+            model's device). For an adapter's own base model use `LogitsExtrapolation.adapter_off`: it needs no second
+            copy.
         alpha: how far beyond the generating model, in distances between the two; 0 is plain `generate`, -1 the earlier
             model. No default: it depends on the run.
+        attention_mask: int or bool [prompts, tokens], 0 for padding; None: no prompt is padded.
 
     Raises:
         ValueError: an encoder-decoder model, soft prompts (PEFT prompt learning), or an alpha that is not finite.
     """
 
-    def __init__(self, earlier_model: torch.nn.Module, alpha: float):
+    def __init__(self, earlier_model: torch.nn.Module, alpha: float, attention_mask: Tensor | None = None):
         if not math.isfinite(alpha):
             raise ValueError(f"alpha is {alpha}: give a finite number")
         for config in getattr(earlier_model, "peft_config", {}).values():
@@ -92,13 +104,12 @@ class LogitsExtrapolation(LogitsProcessor):
         self._model: Any = _inner(earlier_model)
         if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
             raise ValueError(f"{type(self._model).__name__} is an encoder-decoder model: give a causal language model")
-        self._takes = set(inspect.signature(self._model.forward).parameters)
-        self._cache_name = next((name for name in ("cache", "past_key_values") if name in self._takes), None)
+        self._keepers: list[Any] = [module for module in self._model.modules() if "rope_deltas" in vars(module)]
         self._switch: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self.reset()
+        self.reset(attention_mask)
 
     @classmethod
-    def adapter_off(cls, model: Any, alpha: float) -> LogitsExtrapolation:
+    def adapter_off(cls, model: Any, alpha: float, attention_mask: Tensor | None = None) -> LogitsExtrapolation:
         """Take a PEFT model without its adapter for the earlier model, while the model itself generates.
 
             model.generate(**inputs, logits_processor=[LogitsExtrapolation.adapter_off(model, alpha=0.5)])
@@ -109,6 +120,7 @@ class LogitsExtrapolation(LogitsProcessor):
         Args:
             model: `peft.PeftModel` with an adapter that can be switched off (LoRA and its like).
             alpha: see the class.
+            attention_mask: see the class.
 
         Raises:
             TypeError: not a PEFT model.
@@ -116,7 +128,7 @@ class LogitsExtrapolation(LogitsProcessor):
         """
         if not hasattr(model, "disable_adapter"):
             raise TypeError(f"adapter_off takes a peft.PeftModel, not a {type(model).__name__}")
-        processor = cls(model, alpha)
+        processor = cls(model, alpha, attention_mask)
         layers = [layer for layer in model.modules() if hasattr(layer, "_disable_adapters")]
         plain = ("peft.tuners.tuners_utils", "peft.utils.other")  # switching is a flag, not a rewrite of weights
         if not layers or any(type(layer).enable_adapters.__module__ not in plain for layer in layers):
@@ -131,17 +143,17 @@ class LogitsExtrapolation(LogitsProcessor):
         return processor
 
     def reset(self, attention_mask: Tensor | None = None) -> None:
-        """Forget the sequences so far and free the cache.
-
-        `generate` needs no such call. In a loop of your own, call it before each prompt.
+        """Forget the sequences so far and free the cache: before other prompts.
 
         Args:
-            attention_mask: int or bool [rows, tokens], of the prompt that comes next, if it is padded.
+            attention_mask: int or bool [prompts, tokens], of the prompts that come next; None: none of them is padded.
         """
-        self._call: Callable[[], Any] = lambda: None  # a weak reference to what lives as long as a call of generate
+        self._mask = attention_mask
+        self._prompt: Tensor | None = None  # int [rows, tokens] that the mask belongs to
+        self._padding: Tensor | None = None  # bool [rows, tokens], False for padding; None: nothing is padding
         self._ids: Tensor | None = None  # int [rows, tokens] that the earlier model has seen
-        self._mask = attention_mask  # of the prompt; None: nothing is padding
-        self._cache: Any = None
+        self._inputs: dict[str, Any] = {}  # what its `generate` would carry from step to step: cache, positions, mask
+        self._kept: list[Any] = [None] * len(self._keepers)  # what it holds in modules between two steps
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -155,125 +167,157 @@ class LogitsExtrapolation(LogitsProcessor):
             float [rows, vocabulary], of `scores`' dtype and on its device.
 
         Raises:
-            ValueError: the ids can't tell what the generating model saw, or the generating model is the earlier model.
+            ValueError: the ids or the mask can't tell what the generating model saw.
         """
-        loop = _generate_loop()
-        earlier = self._logits(input_ids, loop).to(scores.device, scores.dtype)
+        earlier = self._logits(input_ids).to(scores.device, scores.dtype)
         mixed = extrapolate(scores, earlier, self.alpha)
-        return mixed.log_softmax(-1) if loop is not None and loop.beams > 1 else mixed
+        shift = scores.logsumexp(-1, keepdim=True) - mixed.logsumexp(-1, keepdim=True)
+        return mixed + torch.where(shift.isfinite(), shift, 0)
 
-    def _logits(self, ids: Tensor, loop: _Loop | None) -> Tensor:
+    def _logits(self, ids: Tensor) -> Tensor:
         """The earlier model's logits for the next token, [rows, its vocabulary]."""
-        parents = None
-        if self._ids is not None and self._call() is (loop and loop.config):
-            parents = _parents(self._ids, ids, self._mask)
-        if parents is None:  # a new prompt, or a decoding method that goes back
-            self._start(ids, loop)
-        elif self._cache is not None and not torch.equal(parents, torch.arange(len(parents), device=parents.device)):
-            self._cache.reorder_cache(parents.to(self._model.device))
+        parents = None if self._ids is None else _parents(self._ids, ids, self._padding)
+        first = parents is None or not self._follow(parents)
+        if first:  # a new prompt, or a decoding method that goes back
+            self._start(ids)
         self._ids = ids
-        return self._forward(ids if self._cache is None else ids[:, -1:])
+        return self._forward(ids, first)
 
-    def _start(self, ids: Tensor, loop: _Loop | None) -> None:
-        """Take up a new prompt: what in it is padding?"""
-        if loop is not None:
-            if _inner(loop.model) is self._model and self._switch is nullcontext:
-                raise ValueError(
-                    "the earlier model is the generating model itself: give a copy with the earlier weights, or "
-                    "LogitsExtrapolation.adapter_off(model, alpha) to go beyond an adapter"
-                )
-            if loop.length > ids.shape[1]:
-                raise ValueError(
-                    f"generate has seen {loop.length} positions but {ids.shape[1]} token ids: pass the whole prompt as "
-                    "input_ids, no embeddings and no cache of tokens that are not among them"
-                )
-            self.reset(loop.mask)
-            self._call = weakref.ref(loop.config, lambda _: self.reset())
-        elif self._ids is not None or self._mask is None:
-            self.reset()
+    def _follow(self, parents: Tensor) -> bool:
+        """Let the cache follow the beams; False if it can't."""
+        if torch.equal(parents, torch.arange(len(parents), device=parents.device)):
+            return True
+        held = [name for name in CACHES if self._inputs.get(name) is not None]
+        for name in held:
+            cache = self._inputs[name]
+            if hasattr(self._model, "_reorder_cache"):
+                self._inputs[name] = self._model._reorder_cache(cache, parents)
+            elif hasattr(cache, "reorder_cache"):
+                cache.reorder_cache(parents)
+            else:
+                return False
+        return not self._inputs.keys() & OTHER_STATES
+
+    def _start(self, ids: Tensor) -> None:
+        """Take up a prompt, or take it up again."""
+        if not ids.shape[1]:
+            raise ValueError("a prompt without token ids: pass the whole prompt as input_ids, no embeddings")
+        prompt = self._prompt
+        if prompt is None or len(prompt) != len(ids) or not torch.equal(prompt, ids[:, : prompt.shape[1]]):
+            if prompt is not None and self._mask is not None:
+                raise ValueError("other prompts than the attention mask is for: call reset(attention_mask) before them")
+            self._prompt, self._padding = ids, self._read_mask(ids)
+        inner = self._model
+        if not hasattr(inner, "prepare_inputs_for_generation"):
+            raise TypeError(f"{type(inner).__name__} gives no logits: load it with its language-model head")
+        device = _device(inner, ids.device)
+        ids = ids.to(device)
+        mask = torch.ones_like(ids)
+        if self._padding is not None:
+            mask[:, : self._padding.shape[1]] = self._padding.to(device, ids.dtype)
+        takes = set(inspect.signature(inner.forward).parameters)
+        given = {"input_ids": ids, **({"attention_mask": mask} if "attention_mask" in takes else {})}
+        if self._padding is not None and "attention_mask" not in takes:
+            raise ValueError(f"{type(inner).__name__} takes no attention mask: give it prompts one by one")
+        with self._switch(), self._modules_state(fresh=True):
+            self._inputs = _prepared(inner, given)
+
+    def _read_mask(self, ids: Tensor) -> Tensor | None:
+        """What of the ids is no padding, by row; None if nothing is."""
+        if self._mask is None:
             self._refuse_doubtful_padding(ids)
-        if self._mask is not None:
-            mask = self._mask[:, : ids.shape[1]] != 0
-            if ids.shape[0] % mask.shape[0] or (loop is None and mask.shape[1] != ids.shape[1]):
-                raise ValueError(f"attention mask of shape {tuple(mask.shape)} for ids of shape {tuple(ids.shape)}")
-            mask = mask.repeat_interleave(ids.shape[0] // mask.shape[0], 0).to(self._model.device)
-            self._mask = None if mask.all() else mask
-            if self._mask is not None and "attention_mask" not in self._takes:
-                raise ValueError(f"{type(self._model).__name__} takes no attention mask: give it prompts one by one")
+            return None
+        mask = self._mask != 0
+        if mask.shape[1] > ids.shape[1]:
+            raise ValueError(
+                f"the attention mask has {mask.shape[1]} positions, but there are {ids.shape[1]} token ids: pass the "
+                "whole prompt as input_ids, no embeddings and no cache of tokens that are not among them"
+            )
+        if ids.shape[0] % mask.shape[0] or mask.shape[1] != ids.shape[1]:
+            raise ValueError(f"attention mask of shape {tuple(mask.shape)} for ids of shape {tuple(ids.shape)}")
+        return None if mask.all() else mask.repeat_interleave(ids.shape[0] // mask.shape[0], 0).to(ids.device)
 
     def _refuse_doubtful_padding(self, ids: Tensor) -> None:
-        """Outside `generate` nobody says what is padding, and prompts may begin with the very token that pads."""
+        """Without a mask nobody says what is padding, and prompts may begin with the very token that pads."""
         config = getattr(self._model, "generation_config", None)
         for name in ("pad_token_id", "eos_token_id"):
             tokens = getattr(config, name, None)
             for token in tokens if isinstance(tokens, list) else [tokens]:
                 if token is not None and (ids[:, 0] == token).any():
                     raise ValueError(
-                        f"a prompt begins with {name} {token}, which may be padding: outside generate, say so by "
-                        "reset(attention_mask) before each prompt"
+                        f"a prompt begins with {name} {token}, which may be padding: give LogitsExtrapolation the "
+                        "prompts' attention_mask, or call reset(attention_mask) before them"
                     )
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        inputs: dict[str, Any] = {"input_ids": ids.to(self._model.device)}
-        if self._mask is not None:  # as generate does it: an attention mask only if something is masked
-            assert self._ids is not None
-            mask = torch.nn.functional.pad(self._mask, (0, self._ids.shape[1] - self._mask.shape[1]), value=True)
-            inputs["attention_mask"] = mask.long()
-            if "position_ids" in self._takes:
-                inputs["position_ids"] = (mask.long().cumsum(-1) - 1).masked_fill(~mask, 0)[:, -ids.shape[1] :]
-        if "logits_to_keep" in self._takes:
-            inputs["logits_to_keep"] = 1
-        if self._cache_name is not None:
-            inputs |= {self._cache_name: self._cache, "use_cache": True}
-        with self._switch():
-            outputs = self._model(**inputs, return_dict=True)
+    def _forward(self, ids: Tensor, first: bool) -> Tensor:
+        model = self._model
+        ids = ids.to(_device(model, ids.device))
+        one = None if first or not self._inputs.get("use_cache") else 1
+        with self._switch(), self._modules_state():
+            inputs = model.prepare_inputs_for_generation(
+                ids, next_sequence_length=one, is_first_iteration=first, **self._inputs
+            )
+            outputs = model(**inputs, return_dict=True)
         if getattr(outputs, "logits", None) is None:
-            raise TypeError(f"{type(self._model).__name__} gives no logits: load it with its language-model head")
-        if self._cache_name is not None:
-            self._cache = getattr(outputs, self._cache_name, None)
+            raise TypeError(f"{type(model).__name__} gives no logits: load it with its language-model head")
+        self._inputs = model._update_model_kwargs_for_generation(outputs, self._inputs, is_encoder_decoder=False)
         logits: Tensor = outputs.logits[:, -1]
         return logits
 
+    @contextmanager
+    def _modules_state(self, fresh: bool = False) -> Iterator[None]:
+        """Keep apart what a model keeps in its modules between steps: it may answer others meanwhile.
 
-@dataclass(frozen=True)
-class _Loop:
-    """What a decoding loop of `generate` knows and does not tell its logits processors."""
+        Vision-language models keep there how far an image moved the positions behind it.
+        """
+        theirs = [module.rope_deltas for module in self._keepers]
+        try:
+            for module, value in zip(self._keepers, self._kept):
+                module.rope_deltas = None if fresh else value
+            yield
+            self._kept = [module.rope_deltas for module in self._keepers]
+        finally:
+            for module, value in zip(self._keepers, theirs):
+                module.rope_deltas = value
 
-    model: Any
-    config: Any  # of this call of generate only, and gone when it ends
-    mask: Tensor | None  # int [rows, tokens or more], of the prompt; None: nothing is padding
-    length: int  # tokens that the model has seen
-    beams: int
 
+def _prepared(model: Any, given: dict[str, Tensor]) -> dict[str, Any]:
+    """What a model's own `generate` would start its decoding loop with: cache, positions, mask.
 
-def _generate_loop() -> _Loop | None:
-    """Look up the call stack for the decoding loop that is asking; None outside `generate`.
-
-    A logits processor is handed neither the attention mask nor a sign that a new prompt begins, and token ids don't
-    tell: prompts may begin with the very token that pads (GPT-2, Qwen and Llama 3 pad with an end-of-text token). So
-    the loop's own variables are read, once for each step, and never written.
+    `custom_generate` hands them to a function in the loop's place: https://huggingface.co/docs/transformers/generation_strategies.
+    The model's generation defaults are put aside: they are those of its own answers.
     """
-    frame = sys._getframe(1)
-    while (caller := frame.f_back) is not None:
-        frame, names = caller, caller.f_code.co_varnames
-        if "model_kwargs" in names and "generation_config" in names:
-            found = frame.f_locals
-            inputs, positions = found["model_kwargs"], found["model_kwargs"].get("position_ids")
-            return _Loop(
-                model=found.get("self", found.get("model")),
-                config=found["generation_config"],
-                mask=inputs.get("attention_mask"),
-                length=0 if positions is None else positions.shape[-1] - 1,  # the next token has its position already
-                beams=found["generation_config"].num_beams or 1,
-            )
-    return None
+    found: dict[str, Any] = {}
+
+    def keep(_: Any, input_ids: Tensor, **inputs: Any) -> Tensor:
+        found.update({name: value for name, value in inputs.items() if name not in NO_INPUTS})
+        return input_ids
+
+    defaults = model.generation_config
+    try:
+        model.generation_config = GenerationConfig(pad_token_id=0, max_new_tokens=1)  # type: ignore[no-untyped-call]
+        GenerationMixin.generate(model, **given, generation_config=model.generation_config, custom_generate=keep)
+    finally:
+        model.generation_config = defaults
+    return found
+
+
+def _device(model: Any, default: torch.device) -> torch.device:
+    """Where a model takes its inputs; its weights may lie elsewhere, or on no device until a layer runs."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors if tensor.device.type != "meta"), default)
 
 
 def _inner(model: Any) -> Any:
-    """The transformers model inside of PEFT's and torch.compile's wrappers, whose forward runs PEFT's layers too."""
+    """The transformers model inside wrappers: PEFT (whose layers run all the same), torch.compile, data parallel."""
     if hasattr(model, "get_base_model"):
         return _inner(model.get_base_model())
-    return getattr(model, "_orig_mod", model)
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        return _inner(model.module)
+    return _inner(model._orig_mod) if hasattr(model, "_orig_mod") else model
 
 
 @contextmanager

@@ -169,6 +169,9 @@ def complete(
         ids = torch.tensor([[0] * (width - len(row)) + row for row in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
 
+        if isinstance(processor, LogitsExtrapolation):
+            processor.reset(mask)
+
         def tick(now: Tensor, _: Any, begin: int = begin, rows_now: int = len(batch), width: int = width) -> Tensor:
             done = begin * max_new_tokens + rows_now * (now.shape[1] - width)
             progress(done, len(rows) * max_new_tokens)
