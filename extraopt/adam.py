@@ -269,8 +269,8 @@ class ExtraAdam(AdamW, CycleMixin):
         fresh = self._begin_cycles(self._stepped)
         for group, params in zip(self.param_groups, self._stepped):
             if any(p in fresh and not self.state.get(p) for p in params):
-                # AdamW's entries come first: it makes none where others are. A step that is being compiled must find them
-                # all, or it is compiled twice.
+                # AdamW's entries come first: it makes none where others are. A compiled step must find all of them, or
+                # it is compiled twice.
                 super()._init_group(group, [], [], [], [], [], [])  # type: ignore[no-untyped-call]
         self._join(fresh)
 
@@ -331,7 +331,7 @@ class ExtraAdam(AdamW, CycleMixin):
                 if elapsed > 0 and elapsed % every == 0:
                     ends[p] = steps[p]
             due.append((group, ends))
-        first = (counters[0], steps[everything[0]]) if everything else None
+        first = (self.state[everything[0]], steps[everything[0]]) if everything else None
         batches = self._batches(due)
         found_inf = getattr(self, "found_inf", None)
         if batches and not (found_inf is not None and bool(found_inf)):  # a step that was skipped ends no cycle

@@ -55,7 +55,11 @@ class Schedule:
         self._left = 0  # steps until the first of the cycles can end
 
     def keep(
-        self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any], left: int, first: tuple[Tensor, int] | None
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Any, Any],
+        left: int,
+        first: tuple[dict[str, Any], int] | None,
     ) -> None:
         """Remember that no cycle of the parameters that have a gradient now can end in fewer than `left` steps.
 
@@ -63,7 +67,7 @@ class Schedule:
             groups: the optimizer's.
             state: the optimizer's.
             left: 1 or more.
-            first: a step counter of one of them and its value; None where no parameter has one.
+            first: the state of one of them and its applied steps; None where there is none.
         """
         self.params = [p for group in groups for p in group["params"]]
         self._states = list(state.values())
@@ -75,8 +79,12 @@ class Schedule:
         """Whether the next step surely begins no cycle and ends none. Never waits for a device."""
         if self._left <= 1 or not self.params or self.waiting or self._settings != _settings(groups):
             return False
-        if self._first is not None and self._first[0].is_cpu:  # reading it is free, and notices edits from outside
-            if not 0 <= int(self._first[0]) - self._first[1] <= self._calls:
+        if self._first is not None:
+            counter, before = self._first[0].get("step"), self._first[1]
+            if counter is None:
+                return False
+            # reading it on a CPU is free, and notices edits from outside
+            if counter.is_cpu and not 0 <= int(counter) - before <= self._calls:
                 return False
         return (
             sum(len(group["params"]) for group in groups) == len(self.params)

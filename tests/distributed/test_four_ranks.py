@@ -165,7 +165,7 @@ def train(
             report = getattr(optimizer, "last_jump", None)
             if report is not None and (not reports or reports[-1] is not report):
                 reports.append(report)
-    return reports, [str(w.message) for w in caught if "ExtraAdam" in str(w.message)]
+    return reports, [str(w.message) for w in caught if "extraopt" in str(w.message)]
 
 
 def assert_like(reports: list[JumpReport], expected: list[JumpReport]) -> None:

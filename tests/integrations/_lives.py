@@ -47,8 +47,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from extraopt import ExtraAdam, cycles
-from extraopt.gate import growth
+from extraopt import ExtraAdam, mixin
 
 with contextlib.suppress(ImportError):
     import deepspeed  # noqa: F401  accelerate would import it in each life anew
@@ -109,22 +108,21 @@ def watch(plan: Plan, rank: int) -> Callable[[str], None]:
         move(self, path, new_path)
         reached("save")
 
-    def end_cycle(lanes: Any) -> Any:
+    def end_cycle(*arguments: Any) -> Any:
         shared[JUMPING] = 1
         reached("jump")
-        report = end(lanes)
+        result = end(*arguments)
         reached("jump")
         shared[JUMPING] = 0
-        for lane in lanes if rank == 0 else ():
-            shared[JUMPS] += sum(ratio > 0 for ratio in lane.ratios)
-            opened = [lane.horizon / lane.every * growth(seen, lane.gate) for seen in lane.seen]
-            shared[RETREATS] += sum(ratio < most for ratio, most in zip(lane.ratios, opened) if report.step > EVERY)
-        return report
+        if rank == 0:
+            shared[JUMPS] += result[0].jumped
+            shared[RETREATS] += result[0].gate < 1 and result[0].step > EVERY
+        return result
 
     torch_save, safe_save_file, to_json = torch.save, modeling_utils.safe_save_file, TrainerState.save_to_json
-    move, end = FileSystem.rename, cycles.end_cycle
+    move, end = FileSystem.rename, mixin.end_cycle
     torch.save, modeling_utils.safe_save_file, TrainerState.save_to_json = save, save_file, save_to_json
-    FileSystem.rename, cycles.end_cycle = rename, end_cycle
+    FileSystem.rename, mixin.end_cycle = rename, end_cycle
     Trainer._save_checkpoint = saving(Trainer._save_checkpoint)
     register_optimizer_step_post_hook(count)
     return reached
