@@ -166,21 +166,21 @@ def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:
     """The retreat of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
     factors = _factors(retreats, weights)
     for i, part, scratch in _each(work, 3):
-        _block_retreat_(part, *factors[part[0].dtype == torch.float64][i], scratch)
+        _block_retreat_(part, scratch, *factors[part[0].dtype == torch.float64][i])
 
 
 def trial_(work: Work, ratios: Tensor) -> None:
     """The trial of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
     factors = _factors(ratios)
     for i, part, scratch in _each(work, 2):
-        _block_trial_(part, *factors[part[0].dtype == torch.float64][i], scratch)
+        _block_trial_(part, scratch, *factors[part[0].dtype == torch.float64][i])
 
 
 def anchor_(work: Work) -> None:
     """A <- E."""
     params, anchors, _ = work
     if params:
-        torch._foreach_copy_(anchors, params)
+        torch._foreach_copy_(list(anchors), list(params))
 
 
 def _block_jump_(part: Sequence[Tensor], ratio: float, retreat: float, weight: float, scratch: _Scratch) -> None:
@@ -203,7 +203,7 @@ def _block_jump_(part: Sequence[Tensor], ratio: float, retreat: float, weight: f
     a.copy_(p)
 
 
-def _block_retreat_(part: Sequence[Tensor], retreat: float, weight: float, scratch: _Scratch) -> None:
+def _block_retreat_(part: Sequence[Tensor], scratch: _Scratch, retreat: float, weight: float) -> None:
     p, a, v = part
     rows = scratch.rows(p.numel())
     e, d = _as(p, rows[0]), rows[1].view(p.shape)
@@ -214,7 +214,7 @@ def _block_retreat_(part: Sequence[Tensor], retreat: float, weight: float, scrat
     a.copy_(torch.add(e, d, alpha=-retreat, out=d) if retreat else p)
 
 
-def _block_trial_(part: Sequence[Tensor], ratio: float, scratch: _Scratch) -> None:
+def _block_trial_(part: Sequence[Tensor], scratch: _Scratch, ratio: float) -> None:
     p, a, v = part
     rows = scratch.rows(p.numel())
     w = p.copy_(a) if p.dtype == rows[0].dtype else rows[0].view(p.shape).copy_(a)

@@ -40,8 +40,13 @@ def _facts(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
 
     An address tells the device, too, but for tensors without storage, whose address is 0.
     """
-    getters = Tensor.data_ptr, Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.stride
+    dtype, shape = Tensor.dtype.__get__, Tensor.shape.__get__  # type: ignore[attr-defined]
+    getters = Tensor.data_ptr, dtype, shape, Tensor.stride
     return zip(*(map(getter, tensors) for getter in getters))
+
+
+def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
 
 
 class TensorLists:
@@ -61,14 +66,13 @@ class TensorLists:
     """
 
     def __init__(self, params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> None:
-        lists = [list(params), list(anchors)] + ([] if drifts is None else [list(drifts)])
-        self._lists = lists
+        self._lists = lists = [list(ts) for ts in (params, anchors, drifts) if ts is not None]
         self._facts: list[list[tuple[Any, ...]]] | None = None
         if all(type(t) in foreach.PLAIN and t.layout is torch.strided for ts in lists for t in ts):
             self._facts = [list(_facts(ts)) for ts in lists]
             self._empty = [(j, i, t.device) for j, ts in enumerate(lists) for i, t in enumerate(ts) if not t.data_ptr()]
         if any(map(Tensor.is_complex, params)):
-            lists = [[torch.view_as_real(t) if t.is_complex() else t for t in ts] for ts in lists]
+            lists = list(map(_real, lists))
         groups: dict[tuple[ModuleType, torch.device], list[int]] = {}
         for i, tensors in enumerate(zip(*lists)):
             p, a, v = tensors if len(tensors) == 3 else (*tensors, None)
@@ -85,7 +89,7 @@ class TensorLists:
 
         Costs a few hundred nanoseconds a tensor. False for subclasses of Tensor, whose elements may lie anywhere.
         """
-        given = [params, anchors] + ([] if drifts is None else [drifts])
+        given = [ts for ts in (params, anchors, drifts) if ts is not None]
         if self._facts is None or list(map(len, given)) != list(map(len, self._lists)):
             return False
         if any(given[j][i].device != device for j, i, device in self._empty):
@@ -94,11 +98,8 @@ class TensorLists:
         same = all(all(map(is_, ts, own)) for ts, own in zip(given, self._lists))
         if not same and not all(type(t) in foreach.PLAIN for ts in given for t in ts):
             return False
-        return all(
-            all(map(eq, _facts(ts), facts))
-            for lists in ([given] if same else [given, self._lists])
-            for ts, facts in zip(lists, self._facts)
-        )
+        checked: list[Sequence[Sequence[Tensor]]] = [given] if same else [given, self._lists]
+        return all(all(map(eq, _facts(ts), facts)) for lists in checked for ts, facts in zip(lists, self._facts))
 
     def sums(self, device: torch.device | str = "cpu") -> Tensor:
         """What the gate needs to know of each tensor. Reads only.

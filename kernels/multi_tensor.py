@@ -378,7 +378,7 @@ def trial_(work: Work, ratios: Tensor) -> None:
 def anchor_(work: Work) -> None:
     """A <- E."""
     if work.params:
-        torch._foreach_copy_(work.anchors, work.params)
+        torch._foreach_copy_(list(work.anchors), list(work.params))
 
 
 def _write(kernel: Any, work: Work, factors: Tensor, *arguments: float, **constants: bool) -> None:
