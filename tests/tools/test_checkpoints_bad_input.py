@@ -103,7 +103,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object], tuple[str, ...]]] =
     "a key is missing": ("safetensors", lambda a, b: edit(b, lambda s: s.pop(NORM)), ("lacks", NORM, "checkpoint-200")),
     "a key too many": ("safetensors", lambda a, b: edit(b, set_to_extra), ("checkpoint-100 lacks new.weight",)),
     "another shape": ("safetensors", lambda a, b: edit(a, set_to(torch.ones(31))), (NORM, "(31,)", "(32,)")),
-    "another dtype": ("safetensors", lambda a, b: edit(a, set_to(torch.ones(32).half())), (NORM, "torch.float16")),
+    "integers for floats": ("safetensors", lambda a, b: edit(a, set_to(torch.ones(32).int())), (NORM, "torch.int32")),
     "another family": (
         "safetensors", lambda a, b: edit_json(a / "config.json", model_type="mistral"), ("mixed families", "mistral"),
     ),

@@ -72,6 +72,21 @@ def test_results_are_the_nearest_numbers_to_exact_arithmetic(tmp_path: Path, dty
             assert abs(Fraction(z.item()) - exact) <= Fraction(allowed * unit), (name, x, y, z)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_checkpoints_of_two_dtypes_make_one_sum_in_the_dtype_of_the_last(
+    tmp_path: Path, dtypes: tuple[torch.dtype, ...]
+):
+    model = make("llama")
+    for name, dtype in zip("ab", dtypes):
+        save(make("llama").to(dtype) if name == "a" else model.to(dtype), tmp_path / name)
+        move(model)
+    report = extrapolate([tmp_path / "a", tmp_path / "b"], tmp_path / "out", alpha=2)
+    start, end, new = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b", "out"))
+    assert all(torch.equal(new[name], line(start[name], end[name], 2)) for name in new)
+    assert {tensor.dtype for tensor in new.values()} == {dtypes[1]}
+    assert any("bfloat16 and float32" in note for note in report.notes)
+
+
 def test_layout_files_and_index_are_the_last_checkpoints(tmp_path: Path):
     a, b = run_of(tmp_path, "qwen3", torch.float16, "sharded")
     (b / "tokenizer.json").write_text("{}")

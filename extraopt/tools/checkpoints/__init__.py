@@ -4,10 +4,11 @@ Nothing here is imported by `import extraopt`.
 """
 
 from .extrapolate import Extrapolation, extrapolate
+from .family import check_same_family
 from .find import find_checkpoints
 from .lora import LoraError
 from .plan import coefficients
-from .read import Checkpoint, check_same_family, open_checkpoint
+from .read import Checkpoint, open_checkpoint
 from .safety import CheckpointError
 from .sweep import Sweep, sweep
 

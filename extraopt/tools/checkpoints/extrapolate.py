@@ -25,10 +25,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .family import check_same_family
 from .find import numbered
-from .lora import LoraError, factors, finite, not_finite, sum_of
+from .lora import LoraAlgebra, LoraError, finite, not_finite
 from .plan import line
-from .read import Checkpoint, check_same_family, open_checkpoint
+from .read import Checkpoint, open_checkpoint
 from .safety import CheckpointError
 from .write import fsync, new_folder, write_all, write_header, write_text
 
@@ -80,24 +81,28 @@ class _Sum:
         self.checkpoints, self.weights, self.last = checkpoints, weights, checkpoints[-1]
         self.include, self.exclude, self.report = include, exclude, report
         self.lora, self.progress = lora, progress
-        self.ready: dict[str, Tensor] = {}  # LoRA factors whose pair was computed when the other one was due
+        self.ready: dict[str, Tensor] = {}  # LoRA factors that were computed when another one of the layer was due
         self.squares = torch.zeros(3, dtype=torch.float64)  # of jump, cross term, truncation
         self.stored: dict[str, str] = {}  # name to file, as written
         for pattern in (*include, *exclude):
             if not any(fnmatchcase(name, pattern) for name in self.last.names):
                 raise CheckpointError(f"The pattern {pattern!r} fits no tensor such as {self.last.names[0]}.")
-        if lora == "product" and self.last.is_adapter and self.last.config.get("peft_type") != "LORA":
-            kind = self.last.config.get("peft_type")
-            raise CheckpointError(
-                f"{self.last.path} is a {kind} adapter, which has no product B A. Use --lora factors."
-            )
+        self.algebra = LoraAlgebra(self.last) if self.last.is_adapter else None
+        if self.algebra and self.algebra.unknown:
+            if lora == "product":
+                raise CheckpointError(
+                    f"{self.last.path} can not be extrapolated as products B A: {self.algebra.unknown}. "
+                    "With --lora factors its tensors are extrapolated one by one, which is not the same."
+                )
+            report.notes.append(f"Tensors were extrapolated one by one: {self.algebra.unknown}.")
+            self.algebra = report.lora = None
 
     def moves(self, name: str) -> bool:
         """Whether a tensor is extrapolated. All names of one parameter, and both factors of a pair, go together."""
         if not self.last.dtype(name).is_floating_point or name in self.last.buffers:
             return False
         names = {name, *(other for group in self.last.tied if name in group for other in group)}
-        names.update(other for pair in [factors(name)] if pair for other in pair)
+        names.update(self.algebra.group(name) if self.algebra else ())
         chosen = not self.include or any(fnmatchcase(n, pattern) for n in names for pattern in self.include)
         return chosen and not any(fnmatchcase(n, pattern) for n in names for pattern in self.exclude)
 
@@ -112,10 +117,10 @@ class _Sum:
                 yield block
             return
         self.report.extrapolated += 1
-        pair = factors(name)
-        if pair and all(factor in self.last.infos for factor in pair):
+        group = self.algebra.group(name) if self.algebra else ()
+        if group:
             if name not in self.ready:
-                self.ready.update(zip(pair, self.pair(*pair)))
+                self.ready.update(zip(group, self.group(group)))
             yield from torch.split(self.ready.pop(name).reshape(-1), BLOCK)
             return
         new = torch.empty(0, dtype=self.last.dtype(name))
@@ -133,44 +138,23 @@ class _Sum:
                 raise CheckpointError(f"{name} leaves the range of {new.dtype} at this alpha. Use a smaller one.")
             yield new
 
-    def pair(self, name_a: str, name_b: str) -> tuple[Tensor, Tensor]:
-        """New LoRA factors of one layer.
-
-        The products are never formed. All B side by side are Q R, all A on top of each other (transposed) P S, and so
-        any sum of products is Q C P^T with a small core C, of which the SVD gives the nearest product of rank r.
-        """
-        a_all: list[Tensor] = []
-        b_all: list[Tensor] = []
-        for checkpoint in self.checkpoints:
-            for name, all_factors in ((name_a, a_all), (name_b, b_all)):
-                factor = checkpoint.read(name).double()
-                if not finite(factor):
+    def group(self, names: tuple[str, ...]) -> list[Tensor]:
+        """New LoRA factors of one layer, in their dtypes."""
+        assert self.algebra is not None and self.report.lora is not None
+        factors: list[list[Tensor]] = []
+        for name in names:
+            factors.append([])
+            for checkpoint in self.checkpoints:
+                factors[-1].append(checkpoint.read(name).double())
+                if not finite(factors[-1][-1]):
                     raise not_finite(name, checkpoint)
-                all_factors.append(factor)
-        a_shape, b_shape = a_all[0].shape, b_all[0].shape
-        rank = a_shape[0]
-        q, r = torch.linalg.qr(torch.cat([b.reshape(-1, rank) for b in b_all], 1))
-        p, s = torch.linalg.qr(torch.cat([a.reshape(rank, -1) for a in a_all], 0).mT)
-        each_r, each_s = r.split(rank, 1), s.split(rank, 1)
-        cores = [left @ right.mT for left, right in zip(each_r, each_s)]
-        target = sum((weight * core for weight, core in zip(self.weights, cores)), torch.zeros_like(cores[0]))
-        left, values, right = torch.linalg.svd(target)
-        apart = sum_of(self.weights, each_r) @ sum_of(self.weights, each_s).mT
-        self.squares[0] += (target - cores[-1]).square().sum()
-        self.squares[1] += (target - apart).square().sum()
-        self.squares[2] += values[rank:].square().sum()
-        assert self.report.lora is not None
+        found, squares = self.algebra.extrapolate(names, factors, self.weights, self.lora == "product")
+        self.squares += squares
         self.report.lora.pairs += 1
-        if self.lora == "factors":
-            new_a, new_b = sum_of(self.weights, a_all), sum_of(self.weights, b_all)
-        else:
-            kept = values[:rank].sqrt()
-            new_a, new_b = torch.zeros(rank, p.shape[0]).double(), torch.zeros(q.shape[0], rank).double()
-            new_a[: len(kept)] = kept[:, None] * (right[: len(kept)] @ p.mT)
-            new_b[:, : len(kept)] = q @ left[:, : len(kept)] * kept
-        new = new_a.reshape(a_shape).to(self.last.dtype(name_a)), new_b.reshape(b_shape).to(self.last.dtype(name_b))
-        if not all(map(finite, new)):
-            raise CheckpointError(f"{name_a} or its B leaves the range of its dtype at this alpha. Use a smaller one.")
+        new = [tensor.to(self.last.dtype(name)) for name, tensor in zip(names, found)]
+        for name, tensor in zip(names, new):
+            if not finite(tensor):
+                raise CheckpointError(f"{name} leaves the range of {tensor.dtype} at this alpha. Use a smaller one.")
         return new
 
     def write(self, folder: Path) -> None:
@@ -266,9 +250,15 @@ def extrapolate(
     paths, weights, alpha = line(found, alpha, to, steps, fit, average)
     opened = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
     for checkpoint in opened[:-1]:
-        check_same_family(checkpoint, opened[-1])
+        check_same_family(checkpoint, opened[-1], dtypes=False)
     last = opened[-1]
     report = Extrapolation(Path(out), list(zip(paths, weights)), alpha, tied=list(last.tied))
+    mixed = sorted({str(c.dtype(c.resolve(name) or name))[6:] for name in last.names for c in opened})
+    if any(c.dtype(c.resolve(name) or name) != last.dtype(name) for name in last.names for c in opened):
+        report.notes.append(
+            f"The checkpoints are stored in {' and '.join(mixed)}: the sum is taken in float64 and written as the last "
+            "one is stored. What the coarser dtype rounded off is extrapolated too."
+        )
     if last.model_facts.unknown:
         report.notes.append(
             f"The model's class could not be asked what it ties and buffers ({last.model_facts.unknown[:200]}): "

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from ...gate import momentum_coherence
+from .family import check_same_family
 from .forecast import advise, chance, forecast, reach
 from .paths import PAPER, Filter, Paths, measure
-from .read import Checkpoint, check_same_family, open_checkpoint
+from .read import Checkpoint, open_checkpoint
 from .safety import CheckpointError
 
 CHUNK = 2**22  # float64 numbers worked on at once: 32 MB, and a few copies of it

@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -330,35 +330,3 @@ def open_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> Che
             )
         raise CheckpointError(f"{path} holds no weights: none of {', '.join(ADAPTER + FULL)}.")
     return Checkpoint(path, weights, trust_remote_code)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def check_same_family(a: Checkpoint, b: Checkpoint) -> None:
-    """Refuse two checkpoints whose weights can't be put into one sum.
-
-    Raises:
-        CheckpointError: They differ in kind, model type, adapter settings, names, shapes or dtypes.
-    """
-    where = f"{a.path} and {b.path}"
-    if a.is_adapter != b.is_adapter:
-        raise CheckpointError(f"{where}: one is an adapter, the other a whole model. Merge the adapter first.")
-    same = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
-    for key in same if a.is_adapter else ("model_type",):
-        if a.config.get(key) != b.config.get(key):
-            raise CheckpointError(f"{where} have {key} {a.config.get(key)} and {b.config.get(key)}: mixed families.")
-    for one, other in ((a, b), (b, a)):
-        # Most pairs have the same names, and then the model's class need not be asked what is tied.
-        absent = [name for name in one.infos if name not in other.infos and other.resolve(name) is None]
-        if absent:
-            raise CheckpointError(f"{other.path} lacks {some(absent)}, which {one.path} has.")
-    for name, info in b.infos.items():
-        other_name = a.resolve(name)
-        assert other_name is not None
-        other_info = a.infos[other_name]
-        for what, left, right in (("shape", other_info.shape, info.shape), ("dtype", other_info.dtype, info.dtype)):
-            if left != right:
-                raise CheckpointError(f"{name} has {what} {left} in {a.path} but {right} in {b.path}.")
