@@ -10,6 +10,10 @@ what ExtraAdam calls; `loop` is the rule as one would type it, tensor by tensor;
 `compile` is the loop through torch.compile, on a CPU. On a GPU most of the time from call to result is the host's
 (Python and launches), so beside it stands how long the GPU was at work, which is what the picture shows. Extra memory
 is the peak above what the lists take.
+
+Rows with another operation than "cycle" are of `extraopt` alone, on tables that are kept as an optimizer keeps them:
+one operation over the list beside what its own bytes would take; and with "host" of what each costs a tensor of 16
+elements, in lists of 400 and 10,000 on one thread, where "kept cycle" is all that a cycle with two trials calls.
 """
 
 from __future__ import annotations
@@ -57,8 +61,12 @@ LISTS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 }
 
 
+# numbers that an operation reads and writes for each element
+TRAFFIC = {"sums": 3, "jump": 6, "retreat": 5, "trial": 3, "anchor": 2}
+
+
 def extraopt(p: list[Tensor], a: list[Tensor], v: list[Tensor]) -> Tensor:
-    lists = kernels.Lists(p, a, v)
+    lists = kernels.TensorLists(p, a, v)
     sums = lists.sums()
     lists.jump_([RATIO] * len(p), [RETREAT] * len(p), WEIGHT)
     return sums
@@ -152,13 +160,8 @@ def measure(name: str, dtype: torch.dtype, device: str, rounds: int, compiled: b
     other = torch.empty_like(flat)
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: other.copy_(flat)}
     calls |= {key: (lambda f=f: f(*lists)) for key, f in providers.items()}
-    for call in calls.values():
-        call()  # warms up, and compiles
-    times: dict[str, list[float]] = {key: [] for key in calls}
-    for _ in range(rounds):
-        for key, call in calls.items():
-            times[key].append(step.milliseconds(call, device))
-    bandwidth = 2 * flat.nbytes / statistics.median(times.pop("copy"))  # bytes a millisecond
+    times = medians(calls, rounds, device)
+    bandwidth = 2 * flat.nbytes / times["copy"]  # bytes a millisecond
     needed = 9 * elements * dtype.itemsize
     work = {key: launches(calls[key], device) for key in providers}
     return [
@@ -168,16 +171,77 @@ def measure(name: str, dtype: torch.dtype, device: str, rounds: int, compiled: b
             "elements": elements,
             "dtype": str(dtype).removeprefix("torch."),
             "provider": key,
+            "operation": "cycle",
             "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
             "threads": torch.get_num_threads(),
-            "ms": statistics.median(times[key]),
+            "ms": times[key],
             "limit_ms": needed / bandwidth,
-            "gb_per_s": needed / statistics.median(times[key]) / 1e6,
+            "gb_per_s": needed / times[key] / 1e6,
             "launches": work[key][0],
             "gpu_ms": work[key][1],
             "extra_bytes": extra_memory(calls[key], device),
         }
         for key in providers
+    ]
+
+
+def operations(p: list[Tensor], a: list[Tensor], v: list[Tensor]) -> dict[str, Callable[[], Any]]:
+    """All that a kept `TensorLists` can be asked, by name."""
+    lists, n = kernels.TensorLists(p, a, v), len(p)
+    ratios, retreats, weights = (torch.full((n,), x, dtype=torch.float64) for x in (RATIO, RETREAT, WEIGHT))
+    return {
+        "still fits": lambda: lists.still_fits(p, a, v),
+        "sums": lists.sums,
+        "jump": lambda: lists.jump_(ratios, retreats, WEIGHT),
+        "retreat": lambda: lists.retreat_(retreats, weights),
+        "trial": lambda: lists.trial_(ratios),
+        "anchor": lists.anchor_,
+    }
+
+
+def medians(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
+    """Milliseconds of each call, which take turns."""
+    times: dict[str, list[float]] = {key: [] for key in calls}
+    for round in range(rounds + 1):
+        for key, call in calls.items():
+            ms = step.milliseconds(call, device)
+            if round:  # the first one warms up, and compiles
+                times[key].append(ms)
+    return {key: statistics.median(ts) for key, ts in times.items()}
+
+
+def measure_operations(name: str, dtype: torch.dtype, device: str, rounds: int) -> list[dict[str, Any]]:
+    """A row for each operation over a list, beside the limit of its own bytes."""
+    lists = make(LISTS[name](), dtype, device)
+    elements = sum(p.numel() for p in lists[0])
+    flat = torch.randn(1 << 28 if device == "cuda" else max(1 << 24, elements // 4), device=device)
+    other = torch.empty_like(flat)
+    calls = operations(*lists)
+    calls = {"copy": lambda: other.copy_(flat)} | {key: calls[key] for key in TRAFFIC}
+    ms = medians(calls, rounds, device)
+    limits = {key: n * elements * dtype.itemsize / (2 * flat.nbytes / ms["copy"]) for key, n in TRAFFIC.items()}
+    kind = {"list": name, "tensors": len(lists[0]), "elements": elements, "dtype": str(dtype).removeprefix("torch.")}
+    where = {"device": torch.cuda.get_device_name() if device == "cuda" else platform.machine()}
+    where |= {"threads": torch.get_num_threads()}
+    return [
+        {**kind, "provider": "extraopt", "operation": key, **where, "ms": ms[key], "limit_ms": limits[key]}
+        | {"share_of_limit": limits[key] / ms[key], "gpu_ms": launches(calls[key], device)[1]}
+        for key in TRAFFIC
+    ]
+
+
+def measure_host(tensors: int, device: str, rounds: int) -> list[dict[str, Any]]:
+    """A row for each call on a list of tiny tensors: nanoseconds a tensor until it returns."""
+    p, a, v = make([(16,)] * tensors, torch.float32, device)
+    calls = operations(p, a, v)
+    cycle = [calls[key] for key in ("still fits", "sums", "retreat", "trial", "trial", "anchor")]
+    calls |= {"kept cycle": lambda: [call() for call in cycle], "new tables": lambda: kernels.TensorLists(p, a, v)}
+    ms = medians(calls, rounds, device)
+    return [
+        {"list": "host", "tensors": tensors, "elements": 16 * tensors, "dtype": "float32", "provider": "extraopt"}
+        | {"operation": key, "device": platform.machine(), "threads": torch.get_num_threads()}
+        | {"ms": ms[key], "ns_per_tensor": 1e6 * ms[key] / tensors}
+        for key in calls
     ]
 
 
@@ -216,12 +280,16 @@ def main(
     counts = threads or ([1] if quick or device == "cuda" else [1, 2])
     names = ["lora", "tiny"] if quick else list(LISTS)
     jobs = [(n, d, t) for t in counts for n in names for d in (torch.float32, torch.bfloat16)]
-    rows = []
+    rows, single = [], []
     for name, dtype, count in track(jobs, "measuring", console=Console(stderr=True)):
         torch.set_num_threads(count)
         # to compile a list takes a minute and more
         compiled = not quick and name == "gpt2" and device == "cpu"
         rows += measure(name, dtype, device, 5 if quick else 15, compiled)
+        if name != "tiny":
+            single += measure_operations(name, dtype, device, 5 if quick else 15)
+    torch.set_num_threads(1)
+    host = [row for n in (400, 10_000) for row in measure_host(n, device, 15 if quick else 51)]
 
     title = f"extraopt {__version__}, torch {torch.__version__}, {rows[0]['device']}"
     table = Table(title=title, box=box.MARKDOWN)
@@ -236,9 +304,21 @@ def main(
             f"{row['extra_bytes'] / 2**20:.1f} MiB",
         )  # fmt: skip
     Console(width=120).print(table)
+
+    table = Table("list", "dtype", "threads", *TRAFFIC, title="share of the limit, each operation", box=box.MARKDOWN)
+    for i in range(0, len(single), len(TRAFFIC)):
+        shares = [f"{100 * row['share_of_limit']:.0f}%" for row in single[i : i + len(TRAFFIC)]]
+        table.add_row(single[i]["list"], single[i]["dtype"], str(single[i]["threads"]), *shares)
+    Console(width=120).print(table)
+
+    calls = list(dict.fromkeys(row["operation"] for row in host))
+    table = Table("tensors", *calls, title="host time, ns a tensor", box=box.MARKDOWN)
+    for i in range(0, len(host), len(calls)):
+        table.add_row(str(host[i]["tensors"]), *(f"{row['ns_per_tensor']:.0f}" for row in host[i : i + len(calls)]))
+    Console(width=120).print(table)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        json_file.write_text("[\n" + ",\n".join(map(json.dumps, rows + single + host)) + "\n]\n")
         picture(rows, json_file.with_suffix(".png"))
 
 

@@ -36,13 +36,16 @@ def _implementation(p: Tensor, a: Tensor, v: Tensor | None) -> ModuleType:
 
 
 def _facts(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
-    """What a table of these tensors rests on: addresses, dtypes, shapes, strides; `map` and `zip` make it cheap.
+    """What a table of these tensors rests on; `map` and `zip` over what is C make it cheap.
 
-    An address tells the device, too, but for tensors without storage, whose address is 0.
+    An address tells the device, and a shape the strides of a contiguous tensor: `_more` is for all others.
     """
     dtype, shape = Tensor.dtype.__get__, Tensor.shape.__get__  # type: ignore[attr-defined]
-    getters = Tensor.data_ptr, dtype, shape, Tensor.stride
-    return zip(*(map(getter, tensors) for getter in getters))
+    return zip(*(map(get, tensors) for get in (Tensor.data_ptr, dtype, shape, Tensor.is_contiguous)))
+
+
+def _more(t: Tensor) -> tuple[Any, ...]:
+    return t.device, t.stride()
 
 
 def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -70,7 +73,8 @@ class TensorLists:
         self._facts: list[list[tuple[Any, ...]]] | None = None
         if all(type(t) in foreach.PLAIN and t.layout is torch.strided for ts in lists for t in ts):
             self._facts = [list(_facts(ts)) for ts in lists]
-            self._empty = [(j, i, t.device) for j, ts in enumerate(lists) for i, t in enumerate(ts) if not t.data_ptr()]
+            every = ((j, i, t) for j, ts in enumerate(lists) for i, t in enumerate(ts))
+            self._more = [(j, i, _more(t)) for j, i, t in every if not t.data_ptr() or not t.is_contiguous()]
         if any(map(Tensor.is_complex, params)):
             lists = list(map(_real, lists))
         groups: dict[tuple[ModuleType, torch.device], list[int]] = {}
@@ -87,19 +91,21 @@ class TensorLists:
     def still_fits(self, params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> bool:
         """Whether a new `TensorLists` of these would be no other: same addresses, shapes, strides, dtypes, devices.
 
-        Costs a few hundred nanoseconds a tensor. False for subclasses of Tensor, whose elements may lie anywhere.
+        Costs a microsecond a tensor. False for subclasses of Tensor, whose elements may lie anywhere.
         """
         given = [ts for ts in (params, anchors, drifts) if ts is not None]
         if self._facts is None or list(map(len, given)) != list(map(len, self._lists)):
-            return False
-        if any(given[j][i].device != device for j, i, device in self._empty):
             return False
         # the same elements by way of other objects: then those kept here must be as they were, too
         same = all(all(map(is_, ts, own)) for ts, own in zip(given, self._lists))
         if not same and not all(type(t) in foreach.PLAIN for ts in given for t in ts):
             return False
         checked: list[Sequence[Sequence[Tensor]]] = [given] if same else [given, self._lists]
-        return all(all(map(eq, _facts(ts), facts)) for lists in checked for ts, facts in zip(lists, self._facts))
+        return all(
+            all(all(map(eq, _facts(ts), facts)) for ts, facts in zip(lists, self._facts))
+            and all(_more(lists[j][i]) == more for j, i, more in self._more)
+            for lists in checked
+        )
 
     def sums(self, device: torch.device | str = "cpu") -> Tensor:
         """What the gate needs to know of each tensor. Reads only.
