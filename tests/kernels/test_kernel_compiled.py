@@ -95,6 +95,36 @@ def test_gpu_jump_is_that_of_torch_bit_for_bit(dtype, drift):
             torch.testing.assert_close(got, other, rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["retreat_", "trial_", "anchor_"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_retreat_trial_and_anchor(dtype, name):
+    import _kernel_cases as cases
+    import test_kernel_operations as operations
+
+    from extraopt.kernels import TensorLists, foreach, multi_tensor
+
+    wanted = cases.specs(getattr(torch, dtype), cases.SMALL + cases.EDGES + cases.LONG)
+    n = len(wanted)
+    factors = operations.arguments(name, cases.ratios(n), cases.retreats(n), ([0.05, 0.5, 0.7, 1.0] * n)[:n])
+
+    def run(operate, streams=False):
+        lists = cases.Lists(wanted, "cuda")
+        anchors, drifts = lists.anchors, lists.drifts
+        if streams:
+            anchors, drifts = ([t.cpu().pin_memory() for t in ts] for ts in (anchors, drifts))
+        operate(lists.params, anchors, drifts, name, *factors)
+        torch.cuda.synchronize()
+        assert lists.guards_intact()
+        return [t.detach().cpu() for ts in (lists.params, anchors, drifts) for t in ts]
+
+    fused = run(operations.by_module(multi_tensor))
+    for other in run(operations.by_module(foreach)), run(operations.by_lists, True):
+        assert not cases.differing(other, fused)
+    tensors = [torch.ones(5, dtype=getattr(torch, dtype), device="cuda") for _ in range(3)]
+    assert [module for module, *_ in TensorLists(*([t] for t in tensors)).work] == [multi_tensor]
+
+
 @pytest.mark.parametrize("drift", [True, False])
 @pytest.mark.gpu
 def test_gpu_sums(drift):

@@ -235,6 +235,7 @@ SWAPS = {
     "shape": lambda t: setattr(t, "data", t.data.view(-1)),
     "smaller": lambda t: setattr(t, "data", t.data[:2]),
     "strides": lambda t: setattr(t, "data", t.data.t()),
+    "layout": lambda t: setattr(t, "data", t.data.as_strided((4, 6), (1, 4))),
     "gaps": lambda t: setattr(t, "data", t.data[:, :3]),
     "dtype": lambda t: setattr(t, "data", t.data.view(torch.int16 if t.itemsize == 2 else torch.int32)),
     "wider": lambda t: setattr(t, "data", t.data.double()),
@@ -271,6 +272,15 @@ def test_a_list_is_kept_though_its_tensors_are_others(monkeypatch, module, chang
 @pytest.mark.parametrize("change", ["storage", "set_", "emptied", "shape", "smaller", "strides", "gaps"])
 def test_a_list_of_complex_tensors_is_kept_though_its_tensors_are_others(change):
     check_fit(*fitted(torch.complex64), native if native._library() else foreach, change, 1)
+
+
+def test_a_list_of_transposed_tensors_is_kept_though_their_layout_is_another():
+    for strides in (2, 1, 4), (12, 6, 1):
+        tensors = [[torch.zeros(24).as_strided((2, 2, 6), (1, 2, 4))] for _ in range(3)]
+        work = TensorLists(*tensors)
+        assert work.still_fits(*tensors)
+        tensors[2][0].data = tensors[2][0].data.as_strided((2, 2, 6), strides)
+        assert not work.still_fits(*tensors)
 
 
 def test_a_list_is_kept_for_other_tensors():
