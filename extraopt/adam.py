@@ -13,10 +13,9 @@ from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
 from .hyperparameters import DEFAULTS, check_hyperparameters
-from .mixin import CycleMixin, unhooked_step
-from .rollback import add_report_entries
-from .schedule import FAR, Schedule, read_counters
-from .state import all_or_nothing, check_cycle, copy_to_place, opaque
+from .mixin import CycleMixin, momentum_of, unhooked_step
+from .schedule import FAR, read_counters
+from .state import all_or_nothing, check_cycle, check_group, copy_to_place, here, modernize, opaque, upgraded
 
 _adamw_step = unhooked_step(AdamW)
 
@@ -167,12 +166,18 @@ class ExtraAdam(AdamW, CycleMixin):
         fused: bool | None = None,
         extra_every: int = 10,
         extra_steps: int = 200,
-        extra_beta: float | None = None,
+        extra_beta: float = 0.9,
         extra_gate: float | None = 0.5,
         extra_start: int = 0,
+        extra_kl: float | None = 0.02,
+        extra_fall: float = 0.3,
+        extra_watch: bool = True,
         extra_offload: bool = False,
     ) -> None:
-        given = extra_every, extra_steps, extra_beta, extra_gate, extra_start, extra_offload
+        given = (
+            extra_every, extra_steps, extra_beta, extra_gate, extra_start, extra_kl, extra_fall, extra_watch,
+            extra_offload,
+        )  # fmt: skip
         hyperparameters = check_hyperparameters(dict(zip(DEFAULTS, given)))
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable,
@@ -180,14 +185,9 @@ class ExtraAdam(AdamW, CycleMixin):
         )  # fmt: skip
         for group in self.param_groups:
             group.update(check_hyperparameters({**hyperparameters, **group}))
-            add_report_entries(group)
+            check_group(group)
         self.defaults.update(hyperparameters)
         self._forget()
-
-    def _forget(self) -> None:
-        # Caches only, nothing here is needed for a correct resume; emptied in place where they are there already.
-        self.__dict__.setdefault("_schedule", Schedule()).forget()
-        self.__dict__.setdefault("_last_jump", []).clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called by pickle and deepcopy on an empty object, and by load_state_dict, after its hooks, on this one. All
@@ -197,9 +197,10 @@ class ExtraAdam(AdamW, CycleMixin):
         for i, group in enumerate(state["param_groups"]):
             before = own[i] if i < len(own) else {}
             known = {k: before[k] for k in DEFAULTS if k in before}
-            where = {"extra_offload": known["extra_offload"]} if known else {}  # that is for this machine to say
-            group.update(check_hyperparameters({**defaults, **known, **group, **where}))
-            add_report_entries(group)
+            for p in group["params"]:
+                modernize(state["state"].get(p, {}), group, "step", momentum_of(group))
+            group.update(check_hyperparameters({**defaults, **known, **upgraded(group), **here(known)}))
+            check_group(group)
             for j, p in enumerate(group["params"]):
                 entries = state["state"].get(p, {})
                 check_cycle(entries, p, f"parameter {j} in group {i}", "step")
@@ -235,7 +236,7 @@ class ExtraAdam(AdamW, CycleMixin):
         """
         if "extra_every" in self.defaults and isinstance(param_group, dict):  # not yet in AdamW's constructor
             param_group.update(check_hyperparameters({**self.defaults, **param_group}))
-            add_report_entries(param_group)
+            check_group(param_group)
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -279,9 +280,10 @@ class ExtraAdam(AdamW, CycleMixin):
     def _after_step(self) -> None:
         if self._quiet:
             self._schedule.count()
-            return
-        self._end_due_cycles(self._stepped)
-        del self._stepped
+        else:
+            self._end_due_cycles(self._stepped)
+            del self._stepped
+        self._trust.watch.armed = self._schedule.near
 
     @torch.no_grad()
     def end_due_cycles(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from . import gate as gates
 from .kernels import TensorLists
 from .sharding import local, sum_over_shards
+from .trust import Length
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,12 @@ class JumpReport:
 
     Attributes:
         step: applied optimizer steps of the tensors concerned (the largest, where they differ).
-        gate: how far the gates were open, 0 (nothing jumped) to 1 (all, as far as the drifts seen allow): the root
-            mean square over tensors, by the squared length of their estimates.
+        length: h, how many steps ahead an open gate let a tensor jump; 0 where nothing jumped.
+        gate: how far the gates were open, 0 (nothing jumped) to 1: the root mean square over tensors, by the squared
+            length of their estimates.
         coherence: cos(drift of this cycle, estimate so far) over all gated tensors together, -1 to 1.
+        kl: mean KL divergence of the model's outputs before the jump from those after it, in nats; NaN if not measured.
+        fall: mean of the largest fall of a plausible token's log-probability by the jump, in nats; likewise.
         drift_norm: ||V||, the estimate after this cycle, in weight units.
         weight_norm: ||W|| before the jump.
         jumped: tensors that jumped, be it little.
@@ -30,8 +35,11 @@ class JumpReport:
     """
 
     step: int
+    length: float
     gate: float
     coherence: float
+    kl: float
+    fall: float
     drift_norm: float
     weight_norm: float
     jumped: int
@@ -44,53 +52,44 @@ class CycleBatch:
 
     Attributes:
         anchors, estimates: A and V of each tensor; no estimates where the rule keeps none.
+        noise: of each tensor, what momentum alone would make of cov(D, V) and var(V), see `gate.averaged_noise`.
         steps: applied optimizer steps of each tensor.
         seen: drifts that each tensor's estimate has taken in so far.
         horizon: N, the longest jump, in steps.
+        limited: whether the trust region chooses the length, or each jump is N steps long.
         momentum: decay of the optimizer's momentum, which makes drifts agree where nothing else does.
     """
 
     params: list[Tensor]
     anchors: list[Tensor]
     estimates: list[Tensor] | None
+    noise: list[tuple[float, float]]
     steps: list[int]
     seen: list[int]
     every: int
-    horizon: float
+    horizon: int
     beta: float
     gate: float | None
     start: int
+    limited: bool
     momentum: float
     differentiable: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the end of a cycle did to the tensors of a batch.
+    """What the end of a cycle made of the tensors of a batch.
 
     Attributes:
-        ratios: each tensor's jump as a multiple of its estimate.
+        noise: as in the batch, after this cycle.
         reset: indices of the tensors whose estimate was not finite and is zeros again.
     """
 
-    ratios: list[float]
+    noise: list[tuple[float, float]]
     reset: list[int]
 
 
-def averaging(every: int, horizon: int, beta: float | None) -> float:
-    """The b that is used: `beta`, or max(0, 1 - k / N) for None."""
-    if beta is not None:
-        return beta
-    return max(0.0, 1 - every / horizon) if horizon else 0.0
-
-
-def keeps_estimate(every: int, horizon: int, beta: float | None, gate: float | None) -> bool:
-    """Whether the rule needs an estimate besides the anchor: not for the paper's (b = 0, no gate)."""
-    return gate is not None or averaging(every, horizon, beta) > 0
-
-
-def _lists(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> TensorLists:
-    return TensorLists(local(params), local(anchors), None if estimates is None else local(estimates))
+Choose = Callable[[Callable[[float], None]], Length]
 
 
 def _tabulated(batches: Sequence[CycleBatch], tables: list[TensorLists]) -> list[TensorLists]:
@@ -102,62 +101,130 @@ def _tabulated(batches: Sequence[CycleBatch], tables: list[TensorLists]) -> list
     return made
 
 
+class _Jump:
+    """One batch at the end of its cycle: what was decided of it from its sums, and then done."""
+
+    def __init__(self, batch: CycleBatch, lists: TensorLists, sums: Tensor, longest: float) -> None:
+        self.batch, self.lists, self.sums = batch, lists, sums
+        self.longest = min(longest, batch.horizon) if batch.limited else float(batch.horizon)
+        self.finite = gates.finite(sums)
+        cov, var = torch.tensor(batch.noise, dtype=torch.float64).view(-1, 2).unbind(1)
+        may = self.finite & (torch.tensor(batch.steps) >= batch.start) & (batch.horizon > 0)
+        if batch.gate is not None:
+            may &= ~gates.without_estimate(sums)
+        self.opens = gates.openness(gates.coherence(sums), batch.gate, gates.noise_floor(cov, var))
+        self.weights = gates.plain_weights(torch.tensor(batch.seen), batch.beta)
+        if batch.gate is not None:
+            self.weights = torch.maximum(self.weights, self.opens.square().where(may, 0.0))
+        self.norms = gates.averaged_norm(sums, self.weights)
+        retreats = gates.retreats(sums, self.opens).where(may, 0.0)
+        furthest = self.opens * (self.longest / batch.every) * self.norms + retreats * sums[:, 1].sqrt()
+        self.overflow = gates.overflows(sums, furthest, [p.dtype for p in batch.params]) & may & (furthest > 0)
+        self.opens = self.opens.where(may & ~self.overflow, 0.0)
+        self.retreats = retreats.where(~self.overflow, 0.0)
+        self.noise = gates.averaged_noise(cov, var, self.weights, batch.every, batch.momentum)
+
+    def end_cycle(self) -> Outcome:
+        """The new estimates and, as anchors, the weights after the retreat; the tensors that are refused stay."""
+        batch, estimates = self.batch, self.batch.estimates
+        reset = [] if estimates is None else (~self.sums[:, 2].isfinite()).nonzero().flatten().tolist()
+        for i in reset:
+            assert estimates is not None
+            estimates[i].zero_()
+        params, anchors = batch.params, batch.anchors
+        if not bool(self.finite.all()):
+            chosen = self.finite.nonzero().flatten().tolist()
+            for i in set(range(len(params))) - set(chosen):
+                anchors[i].copy_(params[i])
+            params, anchors = [params[i] for i in chosen], [anchors[i] for i in chosen]
+            estimates = None if estimates is None else [estimates[i] for i in chosen]
+            self.lists = _lists(params, anchors, estimates)
+        self.params, self.anchors = params, anchors
+        if batch.differentiable:  # what autograd has seen must not be written: the jump is added at the end
+            self.landed = [p.detach().clone() for p in params]
+            self.lists = _lists(self.landed, anchors, estimates)
+        if estimates is not None:
+            self.lists.retreat_(self.retreats[self.finite], self.weights[self.finite])
+        noise = torch.stack(self.noise, 1).where(self.finite[:, None], torch.tensor(batch.noise, dtype=torch.float64))
+        noise[reset] = 0.0
+        return Outcome(list(map(tuple, noise.tolist())), reset)
+
+    def move(self, length: float) -> None:
+        """Write the weights of this length, or of N where that is shorter."""
+        if self.batch.estimates is not None:
+            self.lists.trial_(self.opens[self.finite] * (min(length, self.longest) / self.batch.every))
+
+    def finish(self) -> None:
+        """Begin the next cycle at the weights as they are."""
+        if self.batch.estimates is None:
+            ratios = self.opens[self.finite] * (self.batch.horizon / self.batch.every)
+            self.lists.jump_(ratios, torch.zeros_like(ratios), 1.0)
+        else:
+            self.lists.anchor_()
+        if self.batch.differentiable:  # a constant to autograd: gradients pass through it unchanged
+            with torch.enable_grad():
+                for p, w in zip(self.params, self.landed):
+                    p.add_(w - p.detach())
+            for p, a in zip(self.params, self.anchors):
+                a.copy_(p.detach())
+
+
+def _lists(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> TensorLists:
+    return TensorLists(local(params), local(anchors), None if estimates is None else local(estimates))
+
+
 @torch.no_grad()
-def end_cycle(batches: Sequence[CycleBatch], tables: list[TensorLists]) -> tuple[JumpReport, list[Outcome]]:
+def end_cycle(
+    batches: Sequence[CycleBatch], tables: list[TensorLists], longest: float, choose: Choose
+) -> tuple[JumpReport, Length | None, list[Outcome]]:
     """End the cycle of every tensor of `batches`: decide how far each of them may jump, then jump and re-anchor.
 
     Each tensor has a gate of its own. As far as it is shut the tensor retreats, by up to half of a drift that is large
-    beside its weights. A tensor whose drift, estimate or weights are not finite, or whose jump could leave its dtype's
-    range, is refused: it keeps its weights, gets a new anchor, and a RuntimeWarning says so.
+    beside its weights. A tensor whose drift, estimate or weights are not finite, or whose longest jump could leave its
+    dtype's range, is refused: it keeps its weights, gets a new anchor, and a RuntimeWarning says so.
 
     Args:
         batches: at least one, none empty; floating or complex tensors of any shapes, layouts and devices, DTensors too.
             Their params, anchors and estimates are written in place.
         tables: what this function left there when it was last called, or empty; written in place.
+        longest: no length is tried beyond it, but for batches that are not limited.
+        choose: is given a function that moves the weights to a length, any number of times, and leaves them at the
+            length that it returns. Asked only where a limited tensor is to jump.
 
     Returns:
-        What was done, over all batches and for each of them.
+        What was done; the length chosen, None where none was; what became of each batch.
 
     Source: as :class:`~extraopt.ExtraAdam`; for one batch, `kernels/reference.py` says the same in float64.
     """
     tables[:] = _tabulated(batches, tables)
-    sums = [sum_over_shards(own.sums(), batch.params) for batch, own in zip(batches, tables)]
-    gated = [s for batch, s in zip(batches, sums) if batch.gate is not None] or sums
-    all_sums = torch.cat(gated)
-    cosine = float(gates.coherence(all_sums[gates.finite(all_sums)].sum(0, keepdim=True)))
+    all_sums = [sum_over_shards(own.sums(), batch.params) for batch, own in zip(batches, tables)]
+    gated = torch.cat([s for batch, s in zip(batches, all_sums) if batch.gate is not None] or all_sums)
+    cosine = float(gates.coherence(gated[gates.finite(gated)].sum(0, keepdim=True)))
 
-    outcomes: list[Outcome] = []
-    gated_sq, drift_sq, weight_sq, jumped, refused = 0.0, 0.0, 0.0, 0, []
-    for batch, own, s in zip(batches, tables, sums):
-        finite = gates.finite(s)
-        may = finite & (torch.tensor(batch.steps) >= batch.start) & (batch.horizon > 0)
-        if batch.gate is not None:
-            may &= ~gates.without_estimate(s)
-        of_seen = {
-            n: (
-                gates.momentum_coherence(batch.every, batch.beta, batch.momentum, max(1, n)),
-                gates.growth(n, batch.gate),
-            )
-            for n in set(batch.seen)
-        }
-        floor, grown = torch.tensor([of_seen[n] for n in batch.seen], dtype=torch.float64).unbind(1)
-        g = gates.openness(gates.coherence(s), batch.gate, floor)
-        ratios = (g * grown * batch.horizon / batch.every).where(may, 0.0)
-        retreats = gates.retreats(s, g).where(may, 0.0)
-        norms = gates.averaged_norm(s, batch.beta)
-        jumps = ratios * norms + retreats * s[:, 1].sqrt()
-        overflow = gates.overflows(s, jumps, [p.dtype for p in batch.params]) & (jumps > 0)
-        ratios[overflow] = retreats[overflow] = 0.0
-        reset = [] if batch.estimates is None else (~s[:, 2].isfinite()).nonzero().flatten().tolist()
-        outcomes.append(Outcome(ratios.tolist(), reset))
-        _apply(batch, own, finite.tolist(), outcomes[-1], retreats.tolist())
+    jumps = [_Jump(batch, own, sums, longest) for batch, own, sums in zip(batches, tables, all_sums)]
+    outcomes = [jump.end_cycle() for jump in jumps]
+    for jump in jumps:
+        jump.move(0.0 if jump.batch.limited else math.inf)
+    limited = [jump for jump in jumps if jump.batch.limited and bool(jump.opens.any())]
 
-        gated_sq += float((norms * g)[ratios > 0].square().sum())
-        drift_sq += float(norms[finite].square().sum())
-        weight_sq += float(s[finite, 3].sum())
-        jumped += int((ratios > 0).sum())
-        refused += [batch.params[i] for i in (~finite | overflow).nonzero().flatten().tolist()]
+    def move(length: float) -> None:
+        for jump in limited:
+            jump.move(length)
 
+    chosen = choose(move) if limited else None
+    for jump in jumps:
+        jump.finish()
+
+    gated_sq, drift_sq, weight_sq, jumped, length, refused = 0.0, 0.0, 0.0, 0, 0.0, []
+    for jump in jumps:
+        own_length = jump.longest if not jump.batch.limited else min(chosen.steps if chosen else 0.0, jump.longest)
+        moved = jump.opens > 0 if own_length else torch.zeros_like(jump.finite)
+        gated_sq += float((jump.norms * jump.opens)[moved].square().sum())
+        drift_sq += float(jump.norms[jump.finite].square().sum())
+        weight_sq += float(jump.sums[jump.finite, 3].sum())
+        jumped += int(moved.sum())
+        length = max(length, own_length) if bool(moved.any()) else length
+        refused += [jump.batch.params[i] for i in (~jump.finite | jump.overflow).nonzero().flatten().tolist()]
     step = max(max(batch.steps) for batch in batches)
     if refused:
         warnings.warn(
@@ -168,48 +235,6 @@ def end_cycle(batches: Sequence[CycleBatch], tables: list[TensorLists]) -> tuple
             stacklevel=2,
         )
     gate = (gated_sq / drift_sq) ** 0.5 if drift_sq > 0 else 0.0
-    return JumpReport(step, gate, cosine, drift_sq**0.5, weight_sq**0.5, jumped, len(refused)), outcomes
-
-
-def _apply(batch: CycleBatch, lists: TensorLists, finite: list[bool], outcome: Outcome, retreats: list[float]) -> None:
-    params, anchors, estimates, ratios = batch.params, batch.anchors, batch.estimates, outcome.ratios
-    if estimates is not None:
-        for i in outcome.reset:
-            estimates[i].zero_()
-    if not all(finite):
-        chosen = [i for i, ok in enumerate(finite) if ok]
-        for i in set(range(len(finite))) - set(chosen):
-            anchors[i].copy_(params[i])
-        params, anchors = [params[i] for i in chosen], [anchors[i] for i in chosen]
-        ratios, retreats = [ratios[i] for i in chosen], [retreats[i] for i in chosen]
-        estimates = None if estimates is None else [estimates[i] for i in chosen]
-        lists = _lists(params, anchors, estimates)
-    if not batch.differentiable:
-        lists.jump_(ratios, retreats, 1 - batch.beta)
-        return
-    # the jump is a constant to autograd: gradients pass through it unchanged
-    landed = [p.detach().clone() for p in params]
-    _lists(landed, anchors, estimates).jump_(ratios, retreats, 1 - batch.beta)
-    with torch.enable_grad():
-        for p, w in zip(params, landed):
-            p.add_(w - p.detach())
-    for p, a in zip(params, anchors):
-        a.copy_(p.detach())
-
-
-@torch.no_grad()
-def roll_back(
-    params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor], ratios: Sequence[float]
-) -> None:
-    """Undo a jump, up to rounding, and keep the steps since: each W and A moves by -ratio * V, in place.
-
-    Only as long as V is what the jump used: before the next cycle ends. A tensor that is not finite, or would leave its
-    dtype's range, stays where it is.
-    """
-    sums = sum_over_shards(_lists(params, anchors, estimates).sums(), params)
-    jumps = torch.tensor(ratios, dtype=torch.float64) * sums[:, 2].sqrt()
-    fits = gates.finite(sums) & ~gates.overflows(sums, jumps, [p.dtype for p in params])
-    for p, a, v, ratio, ok in zip(local(params), local(anchors), local(estimates), ratios, fits.tolist()):
-        for t in (p, a) if ratio and ok else ():
-            wide = torch.promote_types(t.dtype, torch.float32)  # one rounding
-            t.copy_(torch.sub(t.to(wide), v.to(t.device, wide), alpha=ratio))
+    kl, fall = (chosen.kl, chosen.fall) if chosen else (math.nan, math.nan)
+    report = JumpReport(step, length, gate, cosine, kl, fall, drift_sq**0.5, weight_sq**0.5, jumped, len(refused))
+    return report, chosen, outcomes

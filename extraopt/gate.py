@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-HALFWAY = 1  # drifts in an estimate that let it jump by half of the horizon
 RETREAT = 0.5  # part of its drift that a tensor takes back where its gate is shut: Lookahead with alpha = 1 - RETREAT
 LARGE = 0.01  # a drift as a part of its weights; what is smaller is taken back in proportion less
 
@@ -30,12 +29,52 @@ def coherence(sums: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)
-def momentum_coherence(every: float, beta: float = 0.0, momentum: float = 0.9, seen: int = 1 << 30) -> float:
-    """The cos(D, V) of a run without a direction, from the optimizer's momentum alone, in [0, 1).
+def _neighbours(every: float, momentum: float) -> tuple[float, float]:
+    """Of a run without a direction: cov(D_i, D_(i+1)) / var(D), and by how much each further cycle lessens it.
 
     Gradients are taken for white noise and Adam's denominator for constant, so that a step is an exponential average of
     noise and a drift is a sum of `every` of them: covariances of drifts are geometric sums. Restoring forces make real
     noise less coherent than this, so that it errs on the careful side.
+    """
+    fade = momentum**every
+    geometric = (1 - fade) / (1 - momentum)
+    dd = every * (1 + momentum) / (1 - momentum) - 2 * momentum * geometric / (1 - momentum)
+    return momentum * geometric**2 / dd, fade
+
+
+def averaged_noise(cov: Tensor, var: Tensor, weights: Tensor, every: float, momentum: float) -> tuple[Tensor, Tensor]:
+    """What V <- V + w (D - V) makes of the covariances of a run that has no direction but its momentum.
+
+    Args:
+        cov: covariance of V with the next drift, in units of a drift's variance, float64 [T]; 0 where V is 0.
+        var: variance of V, likewise.
+        weights: w, float64 [T].
+        every: k, optimizer steps in a drift, > 0.
+        momentum: decay of the optimizer's momentum, in [0, 1): AdamW's beta1.
+
+    Returns:
+        The two after the average has taken in a drift.
+    """
+    neighbours, fade = _neighbours(every, momentum)
+    kept = 1 - weights
+    return kept * fade * cov + weights * neighbours, kept**2 * var + 2 * weights * kept * cov + weights**2
+
+
+def noise_floor(cov: Tensor, var: Tensor) -> Tensor:
+    """The cos(D, V) of a run without a direction, from the optimizer's momentum alone, float64 [T] in [0, 1)."""
+    return cov / var.sqrt().where(var > 0, torch.inf)
+
+
+def plain_weights(seen: Tensor, beta: float) -> Tensor:
+    """How much an estimate of `seen` drifts takes over from the next: 1 / (seen + 1), and 1 - b at least; float64 [T].
+
+    So it is the plain mean of the first drifts, without a bias towards 0, and then an exponential average.
+    """
+    return (1 / (seen.double() + 1)).clamp(min=1 - beta)
+
+
+def momentum_coherence(every: float, beta: float = 0.0, momentum: float = 0.9, seen: int = 1 << 30) -> float:
+    """The noise floor of an estimate of `seen` drifts, >= 1, that were averaged by `plain_weights` alone.
 
     Args:
         every: k, optimizer steps in a drift, > 0.
@@ -43,15 +82,15 @@ def momentum_coherence(every: float, beta: float = 0.0, momentum: float = 0.9, s
         momentum: decay of the optimizer's momentum, in [0, 1): AdamW's beta1.
         seen: drifts in the estimate so far, >= 1. An estimate of few drifts agrees more with the next one.
     """
-    fade = momentum**every
-    geometric = (1 - fade) / (1 - momentum)
-    dd = every * (1 + momentum) / (1 - momentum) - 2 * momentum * geometric / (1 - momentum)
-    neighbours = momentum * geometric**2  # <D_i, D_(i+1)>; each cycle further apart fades
-    dv = vv = 0.0
-    for i in range(min(seen, math.ceil(10 / (1 - beta)))):  # by then beta**seen is nothing
-        vv = beta**2 * vv + 2 * beta * (1 - beta) * dv + (1 - beta) ** 2 * dd
-        dv += (1 - beta) * neighbours * (beta * fade) ** i
-    return float(dv / (dd * vv) ** 0.5)
+    return float(noise_floor(*plain_noise(every, beta, momentum, seen)))
+
+
+def plain_noise(every: float, beta: float, momentum: float, seen: int) -> tuple[Tensor, Tensor]:
+    """`averaged_noise` after `seen` drifts by `plain_weights` alone: float64 [1] each."""
+    cov = var = torch.zeros(1, dtype=torch.float64)
+    for j in range(min(seen, math.ceil(20 / (1 - beta)))):  # by then it changes no more
+        cov, var = averaged_noise(cov, var, plain_weights(torch.tensor([j]), beta), every, momentum)
+    return cov, var
 
 
 def openness(cosines: Tensor, gate: float | None, floor: Tensor) -> Tensor:
@@ -82,27 +121,16 @@ def retreats(sums: Tensor, opens: Tensor) -> Tensor:
     return (256 * (1 - opens) * size.nan_to_num(0.0, posinf=1.0).clamp(max=1)).round() * (RETREAT / 256)
 
 
-def growth(seen: int, gate: float | None) -> float:
-    """How much of the horizon an estimate may jump, in [0, 1): seen / (seen + 1); without a gate, 1.
-
-    The first drift misleads: AdamW's first steps are as long as the learning rate in every weight, whatever the
-    gradient. With b = 1 - k / N a straight path then never jumps more drifts ahead than its estimate had seen.
-
-    Args:
-        seen: drifts in the estimate before the newest one, >= 0.
-    """
-    return 1.0 if gate is None else seen / (seen + HALFWAY)
-
-
 def without_estimate(sums: Tensor) -> Tensor:
     """Which tensors have no estimate yet: bool [T]. A gated one of them stays, as does one that did not move."""
     return sums[:, 2] == 0
 
 
-def averaged_norm(sums: Tensor, beta: float) -> Tensor:
-    """||beta * V + (1 - beta) * D|| of each tensor, float64 [T]: the length of the estimate that the jump will use."""
+def averaged_norm(sums: Tensor, weights: Tensor) -> Tensor:
+    """||V + w (D - V)|| of each tensor, float64 [T]: the length of the estimate that the jump will use."""
     dot, dd, vv, _ = sums.unbind(1)
-    return (beta**2 * vv + 2 * beta * (1 - beta) * dot + (1 - beta) ** 2 * dd).clamp(min=0).sqrt()
+    kept = 1 - weights
+    return (kept**2 * vv + 2 * weights * kept * dot + weights**2 * dd).clamp(min=0).sqrt()
 
 
 def overflows(sums: Tensor, jumps: Tensor, dtypes: list[torch.dtype]) -> Tensor:

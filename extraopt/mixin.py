@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .extrapolation import CycleBatch, JumpReport, averaging, end_cycle, keeps_estimate, roll_back
-from .rollback import EMPTY, GROW, SHRINK, add, mean_over_ranks, worse
+from .extrapolation import CycleBatch, JumpReport, end_cycle
 from .schedule import Schedule
-from .state import new_anchor, new_estimate, offload
-
-
-def group_keeps_estimate(group: Mapping[str, Any]) -> bool:
-    """Whether the rule of this group needs an estimate besides the anchor."""
-    return keeps_estimate(group["extra_every"], group["extra_steps"], group["extra_beta"], group["extra_gate"])
+from .state import keeps_estimate, new_anchor, new_estimate, offload
+from .trust import Length, Limits, TrustRegion
 
 
 def learning_rate_is_zero(group: Mapping[str, Any]) -> bool:
@@ -52,13 +45,60 @@ def unhooked_step(kind: type[Optimizer]) -> Callable[[Optimizer], Any]:
 
 
 class CycleMixin:
-    """A mixin for torch optimizers whose parameters have `extra_anchor`, `extra_origin` and, mostly, `extra_drift`."""
+    """A mixin for torch optimizers whose parameters have an `extra_anchor`, `extra_origin`, mostly `extra_estimate`."""
 
     state: Any
     param_groups: list[dict[str, Any]]
     # Both are written in place, never rebound: wrappers that take on a class share what it holds.
     _last_jump: list[JumpReport]
     _schedule: Schedule
+    _trust: TrustRegion
+
+    def _forget(self) -> None:
+        # Caches only, nothing here is needed for a correct resume; emptied in place where they are there already.
+        self.__dict__.setdefault("_schedule", Schedule()).forget()
+        self.__dict__.setdefault("_last_jump", []).clear()
+        if "_trust" not in self.__dict__:
+            self._trust = TrustRegion()
+            if self.param_groups and self.param_groups[0].get("extra_watch"):
+                self.watch()
+
+    def watch(
+        self,
+        model: nn.Module | None = None,
+        *,
+        logits: Callable[[Any], Tensor] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        """Let the trust region look at the outputs of this model.
+
+        In the last step of a cycle the inputs of its training forward pass are remembered; within ``step`` the model
+        runs on them again, in eval mode and without gradients, before the jump and at the lengths that are tried. All
+        but the weights is afterwards as it was. ``extra_watch=True``, the default, is this call without arguments.
+
+        Args:
+            model (nn.Module, optional): the one that is trained, as it is called, or what DistributedDataParallel or
+                ``torch.compile`` wraps. None finds it at its first training forward pass: the outermost module that is
+                called and has most of the parameters (default: None)
+            logits (callable, optional): of the model's output, float [..., V]; the distributions that must not change
+                much. None takes ``.logits`` of an output of transformers, at the positions that have a label, or that
+                the attention mask shows (default: None)
+            process_group (ProcessGroup, optional): the ranks that train this model together. None takes that of the
+                DistributedDataParallel around it or of its DTensors (default: None)
+
+        Warns:
+            RuntimeWarning: at the end of a cycle, where the model can't be watched; says why and what to do. Jumps are
+                then short.
+        """
+        self._trust.process_group = process_group
+        if model is None:
+            self._trust.watch.find(lambda: {id(p) for group in self.param_groups for p in group["params"]}, logits)
+        else:
+            self._trust.watch.attach(model, logits)
+
+    def unwatch(self) -> None:
+        """Take the hook off the model again; jumps are then short."""
+        self._trust.watch.detach()
 
     def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], dict[Tensor, int]]]:
         """Each group with those of its parameters that have an anchor, and their applied steps."""
@@ -101,9 +141,9 @@ class CycleMixin:
                     }
                     if still:
                         self._schedule.waiting.add(p)
-                if group["extra_steps"] and "extra_drift" not in state and group_keeps_estimate(group):
-                    entries = {"extra_drift": new_estimate(p, group["extra_offload"]), "extra_ratio": 0.0}
-                    fresh[p] = fresh.get(p, {}) | entries
+                if group["extra_steps"] and "extra_estimate" not in state and keeps_estimate(group):
+                    entries = {"extra_estimate": new_estimate(p, group["extra_offload"])}
+                    fresh[p] = fresh.get(p, {}) | entries | {"extra_noise_cov": 0.0, "extra_noise_var": 0.0}
         return fresh
 
     def _join(self, fresh: dict[Tensor, dict[str, Any]]) -> None:
@@ -124,47 +164,55 @@ class CycleMixin:
         for group, steps in due:
             if not steps:
                 continue
-            every, horizon = group["extra_every"], group["extra_steps"] * group["extra_scale"]
-            beta = averaging(every, group["extra_steps"], group["extra_beta"])
-            rule = every, horizon, beta, group["extra_gate"], group["extra_start"], momentum_of(group)
-            rule += (group.get("differentiable") is True,)
+            every = group["extra_every"]
+            rule = every, group["extra_steps"], group["extra_beta"], group["extra_gate"], group["extra_start"]
+            rule += group["extra_kl"] is not None, momentum_of(group), group.get("differentiable") is True
             batch = batches.get(rule)
             if batch is None:
-                batch = batches[rule] = CycleBatch([], [], [] if group_keeps_estimate(group) else None, [], [], *rule)
+                batch = batches[rule] = CycleBatch([], [], [] if keeps_estimate(group) else None, [], [], [], *rule)
             for p, step in steps.items():
                 state = self.state[p]
                 if group["extra_offload"]:
                     offload(state)
                 batch.params.append(p)
                 batch.anchors.append(state["extra_anchor"])
+                batch.noise.append((state.get("extra_noise_cov", 0.0), state.get("extra_noise_var", 0.0)))
                 batch.steps.append(step)
                 batch.seen.append((step - state["extra_origin"] - 1) // every)
                 if batch.estimates is not None:
-                    if "extra_drift" not in state:
-                        state["extra_drift"] = new_estimate(p, group["extra_offload"])
-                    batch.estimates.append(state["extra_drift"])
+                    if "extra_estimate" not in state:
+                        state["extra_estimate"] = new_estimate(p, group["extra_offload"])
+                    batch.estimates.append(state["extra_estimate"])
         return list(batches.values())
 
-    def _end(self, batches: list[CycleBatch]) -> None:
+    def _end(self, batches: list[CycleBatch], searching: bool = True) -> None:
+        groups = [group for group in self.param_groups if group["extra_kl"] is not None] or self.param_groups
+        known = min(group["extra_length"] for group in groups)
+        params = [p for group in self.param_groups for p in group["params"] if "extra_anchor" in self.state.get(p, ())]
+        most = searching and 2 * sum(len(batch.params) for batch in batches) > len(params)
+        limits = Limits(
+            max(batch.horizon for batch in batches),
+            min(group["extra_kl"] or float("inf") for group in groups),
+            min(group["extra_fall"] for group in groups),
+        )
+
+        def choose(move: Callable[[float], None]) -> Length:
+            return self._trust.choose(move, params, known, limits, most)
+
         with self._moving([p for batch in batches for p in batch.params]):
-            report, outcomes = end_cycle(batches, self._schedule.tables)
+            report, length, outcomes = end_cycle(batches, self._schedule.tables, 2 * known, choose)
         self._last_jump[:] = [report]
+        if length is not None:
+            for group in self.param_groups:
+                group["extra_length"] = length.known
         for batch, outcome in zip(batches, outcomes):
+            if batch.estimates is not None:
+                for p, (cov, var) in zip(batch.params, outcome.noise):
+                    state = self.state[p]
+                    state["extra_noise_cov"], state["extra_noise_var"] = cov, var
             for i in outcome.reset:
                 self.state[batch.params[i]]["extra_origin"] = batch.steps[i]
-        for group in self.param_groups:
-            group["extra_scale"] = min(1.0, group["extra_scale"] * GROW)
-        first = self.param_groups[0]
-        before, after = first["extra_reports"][:3], first["extra_reports"][3:]
-        if not before[0] and not after[0]:
-            return  # nobody reports; a compiled step, which watches every number in the state, need not know
-        first["extra_reports"] = (*after, *EMPTY)  # checkpoints may give a list back
-        for p in (p for group in self.param_groups for p in group["params"]):
-            if "extra_ratio" in self.state.get(p, ()):  # what is reported from now on says nothing about older jumps
-                self.state[p]["extra_ratio"] = 0.0
-        for batch, outcome in zip(batches, outcomes):
-            for p, ratio in zip(batch.params, outcome.ratios if batch.estimates is not None else ()):
-                self.state[p]["extra_ratio"] = ratio
+        self._trust.watch.release()
 
     def _phases_changed(self) -> None:
         """Cycles have begun where no count of steps would have it: none that was just ended may end again."""
@@ -200,7 +248,7 @@ class CycleMixin:
         self._phases_changed()
         if not batches:
             return None
-        self._end(batches)
+        self._end(batches, searching=False)
         return self.last_jump
 
     @torch.no_grad()
@@ -214,60 +262,4 @@ class CycleMixin:
             for p, step in steps.items():
                 self.state[p]["extra_anchor"].copy_(p)
                 self._restart(p, group["extra_every"], step, taken_in=0)
-                if "extra_ratio" in self.state[p]:  # weights from elsewhere have no jump to roll back
-                    self.state[p]["extra_ratio"] = 0.0
         self._phases_changed()
-
-    @torch.no_grad()
-    def report(self, metric: float) -> bool:
-        """Tell how good the model is now, so that a jump that made it worse can be rolled back.
-
-        Call it as often as there is news: with an evaluation's score, or, before ``step``, with the mean reward of the
-        batch that the step is about to learn from, or the entropy of the policy that sampled it, which tells sooner: a
-        policy that is too sure no longer samples what it has yet to learn. Where the mean since the last jump lies
-        below that of the cycle before it by more than 3 standard errors (of at least 3 values each), the weights move
-        back by the jump, the steps since are kept, and the horizon is halved; it recovers by a tenth with each cycle
-        that goes well.
-
-        Args:
-            metric (float): higher is better. Under ``torch.distributed`` every rank has to call, and the mean over
-                ranks counts. What is not finite is left out.
-
-        Returns:
-            bool: whether a jump was rolled back.
-
-        Raises:
-            RuntimeError: the rule keeps no estimate to go back by (``extra_beta=0, extra_gate=None``).
-
-        Warns:
-            RuntimeWarning: a jump was rolled back.
-        """
-        if not all(group_keeps_estimate(group) for group in self.param_groups):
-            raise RuntimeError("report() needs the drift estimate, which extra_beta=0, extra_gate=None does not keep.")
-        device = next(p.device for group in self.param_groups for p in group["params"])
-        value = mean_over_ranks(metric, device)
-        first = self.param_groups[0]
-        windows = tuple(first["extra_reports"])
-        before, after = windows[:3], windows[3:]
-        if math.isfinite(value):
-            after = add(after, value)
-        first["extra_reports"] = before + after
-        moved = [p for _, steps in self._anchored_steps() for p in steps if self.state[p].get("extra_ratio")]
-        if not moved or not worse(before, after):
-            return False
-        states = [self.state[p] for p in moved]
-        anchors, drifts, ratios = ([s[f"extra_{key}"] for s in states] for key in ("anchor", "drift", "ratio"))
-        with self._moving(moved):
-            roll_back(moved, anchors, drifts, ratios)
-        for state in states:
-            state["extra_ratio"] = 0.0
-        for group in self.param_groups:
-            group["extra_scale"] *= SHRINK
-        first["extra_reports"] = before + EMPTY
-        warnings.warn(
-            f"extraopt: the metric fell from {before[1]:.4g} to {after[1]:.4g} after the last jump, which was rolled "
-            f"back. Jumps are now {first['extra_scale']:.0%} as long.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return True

@@ -94,6 +94,11 @@ class Schedule:
             and all(p.grad is None for p in self._idle)
         )
 
+    @property
+    def near(self) -> bool:
+        """Whether the next step may end a cycle."""
+        return self._left <= 1
+
     def count(self) -> None:
         """One more step was taken, quietly; it may have been skipped."""
         self._left -= 1

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .gate import plain_noise
 from .hyperparameters import MAX_COUNT
 
-TENSORS = {"extra_anchor", "extra_drift"}  # the second is V, the drift estimate
+TENSORS = {"extra_anchor", "extra_estimate"}
 
 # what torch and Python raise over a state that is none
 MALFORMED = TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError, RecursionError
+
+
+def keeps_estimate(group: Mapping[str, Any]) -> bool:
+    """Whether the rule of this group needs an estimate besides the anchor: not for the paper's.
+
+    That is ``extra_beta=0, extra_gate=None, extra_kl=None``.
+    """
+    return group["extra_gate"] is not None or group["extra_kl"] is not None or group["extra_beta"] > 0
 
 
 def new_anchor(p: Tensor, offload: bool = False) -> Tensor:
@@ -116,22 +125,77 @@ def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> No
     for key in TENSORS & state.keys():
         if isinstance(state[key], Opaque):
             state[key] = state[key].tensor
-    for key in ("extra_anchor", "extra_drift"):
-        if key in state:
-            _check_like(state[key], p, f"{key} of {name}")
-    step, origin, ratio = state.get(counter), state.get("extra_origin", 0), state.get("extra_ratio", 0.0)
+    for key in TENSORS & state.keys():
+        _check_like(state[key], p, f"{key} of {name}")
+    step, origin = state.get(counter), state.get("extra_origin", 0)
     if step is not None and not _is_count(step):
         raise ValueError(f"{counter} of {name} is {step!r:.80}. It must be a count from 0 to {MAX_COUNT}.")
     if type(origin) is not int or step is not None and not 0 <= (origin if origin >= 0 else ~origin) <= int(step):
         raise ValueError(f"extra_origin of {name} is {origin!r:.80}. It must be an integer up to its applied steps.")
-    if not isinstance(ratio, (int, float)) or not is_number(ratio):
-        raise ValueError(f"extra_ratio of {name} is {ratio!r:.80}. It must be a finite number.")
+    for key in ("extra_noise_cov", "extra_noise_var"):
+        if not isinstance(state.get(key, 0.0), (int, float)) or not is_number(state.get(key, 0.0), 0):
+            raise ValueError(f"{key} of {name} is {state[key]!r:.80}. It must be a finite number >= 0.")
     # a negative origin, its complement, is that of a parameter that had not moved yet: the next step takes its anchor
     if step is None or not {"extra_anchor", "extra_origin"} <= state.keys() or origin < 0:
         for key in ("extra_anchor", "extra_origin", "extra_step"):
             state.pop(key, None)
-    if "extra_drift" not in state:
-        state.pop("extra_ratio", None)
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check a group's length, what the last search of the trust region found; give it one where it has none.
+
+    From the start: torch.distributed.checkpoint reads only what a fresh optimizer has.
+
+    Raises:
+        ValueError: it is no positive number.
+    """
+    length = group.setdefault("extra_length", group["extra_every"] / 2)
+    if not is_number(length) or length <= 0:
+        raise ValueError(f"Invalid extra_length: {length!r:.80}. It must be a finite number > 0.")
+    group["extra_length"] = float(length)
+    for key in ("extra_scale", "extra_reports"):  # of a rule before this one
+        group.pop(key, None)
+
+
+def here(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that no loaded state changes: they are for this machine and this trainer to say."""
+    return {key: known[key] for key in ("extra_offload", "extra_watch") if key in known}
+
+
+def upgraded(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's hyperparameters, those of a rule before this one in the words of this one."""
+    group = dict(group)
+    if "extra_every" in group and "extra_kl" not in group:
+        if group.get("extra_gate") is None and group.get("extra_beta") == 0:
+            group["extra_kl"] = None  # the paper's rule stays what it is
+        if group.get("extra_beta", 0) is None:
+            del group["extra_beta"]  # it followed from k and N
+    return group
+
+
+def modernize(state: dict[str, Any], group: Mapping[str, Any], counter: str, momentum: float) -> None:
+    """Turn the entries of a rule before this one into what this one goes on from.
+
+    Its estimate, ``extra_drift``, was biased towards 0, and its averaging followed from k and N where none was given.
+
+    Args:
+        state: of a parameter, as loaded; written in place.
+        group: that it came in.
+        counter: key of its applied steps.
+        momentum: decay of the optimizer's.
+    """
+    state.pop("extra_ratio", None)
+    old = state.pop("extra_drift", None)
+    if not isinstance(old, Tensor) or not _is_count(state.get(counter)) or not _is_count(state.get("extra_origin")):
+        return
+    every, steps, beta = group.get("extra_every"), group.get("extra_steps"), group.get("extra_beta")
+    if not is_number(every, 1) or not is_number(steps, 1):
+        return
+    beta = max(0.0, 1 - every / steps) if beta is None else float(beta)
+    seen = int(state[counter] - state["extra_origin"]) // int(every)
+    state["extra_estimate"] = old / (1 - beta**seen) if seen else old.clone()
+    cov, var = plain_noise(every, beta, momentum, seen)
+    state["extra_noise_cov"], state["extra_noise_var"] = float(cov), float(var)
 
 
 def _check_like(loaded: Any, p: Tensor, name: str) -> None:

@@ -15,9 +15,17 @@ from torch.optim import Optimizer
 from .adam import ExtraAdam
 from .hyperparameters import DEFAULTS, check_hyperparameters
 from .mixin import CycleMixin, learning_rate_is_zero, momentum_of, unhooked_step
-from .rollback import add_report_entries
-from .schedule import Schedule
-from .state import all_or_nothing, check_cycle, copy_to_place, new_anchor, opaque
+from .state import (
+    all_or_nothing,
+    check_cycle,
+    check_group,
+    copy_to_place,
+    here,
+    modernize,
+    new_anchor,
+    opaque,
+    upgraded,
+)
 
 
 def _of_base(name: str) -> Any:
@@ -107,9 +115,12 @@ class Extra(Optimizer, CycleMixin):
         *,
         extra_every: int = DEFAULTS["extra_every"],
         extra_steps: int = DEFAULTS["extra_steps"],
-        extra_beta: float | None = DEFAULTS["extra_beta"],
+        extra_beta: float = DEFAULTS["extra_beta"],
         extra_gate: float | None = DEFAULTS["extra_gate"],
         extra_start: int = DEFAULTS["extra_start"],
+        extra_kl: float | None = DEFAULTS["extra_kl"],
+        extra_fall: float = DEFAULTS["extra_fall"],
+        extra_watch: bool = DEFAULTS["extra_watch"],
         extra_offload: bool = DEFAULTS["extra_offload"],
     ) -> None:
         kind = type(base_optimizer)
@@ -131,13 +142,16 @@ class Extra(Optimizer, CycleMixin):
                 "extra_beta": extra_beta,
                 "extra_gate": extra_gate,
                 "extra_start": extra_start,
+                "extra_kl": extra_kl,
+                "extra_fall": extra_fall,
+                "extra_watch": extra_watch,
                 "extra_offload": extra_offload,
             }
         )
         checked = [check_hyperparameters({**hyperparameters, **group}) for group in base_optimizer.param_groups]
         for group, values in zip(base_optimizer.param_groups, checked):
             group.update(values)
-            add_report_entries(group)
+            check_group(group)
         base_optimizer.defaults.update(hyperparameters)
         # not torch's constructor, which would set up groups and state that are there already
         self.__setstate__({"base_optimizer": base_optimizer})
@@ -158,9 +172,7 @@ class Extra(Optimizer, CycleMixin):
         # The base is stepped without its hooks, so those registered on it run with ours: once, and after the jump.
         self._optimizer_step_pre_hooks = self.base_optimizer._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = self.base_optimizer._optimizer_step_post_hooks
-        # Caches, emptied in place where they are there already.
-        self.__dict__.setdefault("_schedule", Schedule()).forget()
-        self.__dict__.setdefault("_last_jump", []).clear()
+        self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose parameters start a cycle of their own at their first step.
@@ -173,7 +185,7 @@ class Extra(Optimizer, CycleMixin):
         """
         if isinstance(param_group, dict):  # else the base says what is wrong with it
             param_group.update(check_hyperparameters({**self.defaults, **param_group}))
-            add_report_entries(param_group)
+            check_group(param_group)
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,9 +217,11 @@ class Extra(Optimizer, CycleMixin):
             some = any(group["extra_offload"] for group in own)
             self.base_optimizer.load_state_dict(opaque(state_dict) if some else state_dict)
             for i, (group, old) in enumerate(zip(self.param_groups, own)):
-                where = {"extra_offload": old["extra_offload"]}  # that is for this machine to say
-                group.update(check_hyperparameters({**self.defaults, **old, **group, **where}))
-                add_report_entries(group)
+                for p in group["params"]:
+                    counter = "extra_step" if "extra_step" in self.state.get(p, ()) else "step"
+                    modernize(self.state.get(p, {}), group, counter, momentum_of(group))
+                group.update(check_hyperparameters({**self.defaults, **old, **upgraded(group), **here(old)}))
+                check_group(group)
                 (
                     momentum_of(group),
                     learning_rate_is_zero(group),

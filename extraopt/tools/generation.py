@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor
 from transformers.utils import logging
 
 from .checkpoints import CheckpointError
@@ -54,6 +56,8 @@ def load_pair(
     under = base_of(later, base)
     if earlier is None and under is None:
         raise CheckpointError(f"{later}: a whole model, so say with --earlier which model to go beyond")
+    if earlier is not None and (earlier == later or os.path.realpath(earlier) == os.path.realpath(later)):
+        raise CheckpointError(f"{later} and --earlier {earlier} are the same: give an earlier checkpoint")
     tokenizer = load_tokenizer(later, base, trust_remote_code)
     if tokenizer is None:
         raise CheckpointError(f"no tokenizer in {later}{f' nor in {under}' if under else ''}")
@@ -109,6 +113,28 @@ def read_prompts(path: Path) -> list[Prompt]:
     return found
 
 
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """What ends an answer: the model's stop tokens and the tokenizer's, which a chat or an adapter may have changed."""
+    stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = set(stops if isinstance(stops, list) else [stops]) | {tokenizer.eos_token_id}
+    return sorted(found - {None})
+
+
+@contextmanager
+def _defaults_of(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Put a model's own generation defaults aside: `generate` takes from them all that its arguments leave open."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    holders = [holder for holder in {id(m): m for m in (model, inner)}.values() if hasattr(holder, "generation_config")]
+    theirs = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = config
+        yield
+    finally:
+        for holder, its in zip(holders, theirs):
+            holder.generation_config = its
+
+
 def complete(
     model: Any,
     tokenizer: Any,
@@ -125,6 +151,8 @@ def complete(
     progress: Callable[[float, float], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Answer prompts with a processor in the chain. Of the model's own generation defaults only its stop tokens count.
+
+    An answer ends at one of them, or at the tokenizer's end of text.
 
     Args:
         model: a causal language model of transformers or PEFT.
@@ -156,11 +184,14 @@ def complete(
         raise CheckpointError(f"the prompt {empty[0]!r} has no tokens")
     check_tokens(model, rows, max(map(len, rows)) + max_new_tokens)
 
-    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "repetition_penalty": 1.0}
-    how |= {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_p": top_p, "top_k": 0}
-    stops = model.generation_config.eos_token_id
-    stops = set(stops if isinstance(stops, list) else [stops])
+    stops = stop_tokens(model, tokenizer)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "eos_token_id": stops or None}
+    if temperature > 0:
+        how |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    else:
+        how |= {"do_sample": False}
     how["pad_token_id"] = 0  # any will do: the mask says what is padding, and what follows a stop token is cut off
+    config = GenerationConfig(**how)  # type: ignore[no-untyped-call]
     torch.manual_seed(seed)
     results = []
     for begin in range(0, len(rows), batch_size):
@@ -177,9 +208,11 @@ def complete(
             progress(done, len(rows) * max_new_tokens)
             return torch.zeros(len(now), dtype=torch.bool, device=now.device)
 
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, logits_processor=[processor], stopping_criteria=[tick], **how
-        )
+        with _defaults_of(model, config):
+            output = model.generate(
+                input_ids=ids, attention_mask=mask, logits_processor=[processor], stopping_criteria=[tick],
+                generation_config=config,
+            )  # fmt: skip
         for prompt, tokens in zip(prompts[begin:], output[:, width:].tolist()):
             end = next((i for i, token in enumerate(tokens, 1) if token in stops), None)
             results.append(

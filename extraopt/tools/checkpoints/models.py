@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .read import open_checkpoint
 from .safety import CheckpointError, read_json
 
 Prompt = str | list[dict[str, str]]  # a text, or messages with role and content
@@ -55,11 +56,34 @@ def load_model(source: str, base: str | None, dtype: str | torch.dtype, device: 
         if under is not None:
             from peft import PeftModel
 
+            _resize(model, Path(source), trust_remote_code)
             model = PeftModel.from_pretrained(model, source)
         return model.to(device).eval()
     except Exception as error:  # whatever a damaged folder makes the libraries under this raise
         of = f" on {under}" if under else ""
         raise CheckpointError(f"{source}{of}: no causal language model can be loaded ({str(error)[:300]})") from error
+
+
+def _resize(model: Any, adapter: Path, trust_remote_code: bool) -> None:
+    """Give a base model the rows for tokens that were added in an adapter's training, as PEFT's AutoPeftModel does.
+
+    The adapter's own tensors tell how many, padding included; where it has none of the embeddings, its tokenizer does.
+    """
+    places: list[tuple[str, int]] = []  # what a name goes on with, and which dimension counts tokens
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for name in (name for name, module in model.named_modules() if module is layer and layer is not None):
+            ends = (("weight", 0), ("base_layer.weight", 0), ("lora_B.weight", 0), ("lora_embedding_A", 1))
+            places += [(f"base_model.model.{name}.{end}", dim) for end, dim in ends]
+    held = open_checkpoint(adapter)
+    sizes = [held.shape(name)[dim] for name, dim in places if name in held.infos]
+    size = model.get_input_embeddings().weight.shape[0]
+    if not sizes and os.path.isfile(adapter / "tokenizer_config.json"):
+        tokenizer = load_tokenizer(str(adapter), None, trust_remote_code)
+        sizes = [len(tokenizer)] if tokenizer is not None and len(tokenizer) > size else []
+    if sizes and sizes[0] != size:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # rows that no adapter holds are drawn: the same for every adapter of a run
+            model.resize_token_embeddings(sizes[0])
 
 
 def load_tokenizer(source: str, base: str | None, trust_remote_code: bool) -> Any | None:
@@ -91,11 +115,18 @@ def check_tokens(model: Any, rows: Iterable[list[int]], longest: int) -> None:
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The tokens of a text, as the tokenizer begins one, or of messages, through its chat template.
 
+    An end of text that the tokenizer appends is left out: a prompt goes on.
+
     Raises:
         CheckpointError: There is no chat template, or it refuses the messages.
     """
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
+        ids = list(tokenizer(prompt)["input_ids"])
+        bare = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ends = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
+        while len(ids) > len(bare) and ids[-1] in ends and ids[-len(bare) :] != bare:
+            ids.pop()
+        return ids
     if not getattr(tokenizer, "chat_template", None):
         raise CheckpointError("the tokenizer has no chat template: give texts, not messages")
     try:

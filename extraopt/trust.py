@@ -1,0 +1,256 @@
+"""The trust region: the longest jump whose change of the model's outputs stays within limits, found by trying."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .watch import Unusable, Watch, sharded
+
+TRIALS = 3
+MARGIN = 0.95  # of the length that the last trial's fit proposes
+FELT = 0.01  # part of a limit that a jump must have come to, or it says nothing about longer ones
+PLAUSIBLE = 0.01  # probability of a token from which on its fall counts
+UNWATCHED = 20.0  # steps: the longest jump where no model can be watched
+CHUNK_BYTES = 1 << 25  # of float32 logits that are compared at a time
+
+
+@dataclass(frozen=True)
+class Length:
+    """How far to jump, and what is known of it.
+
+    Attributes:
+        steps: h; 0 is no jump.
+        known: the length that the next search starts from twice of.
+        kl, fall: what was measured at h, NaN where nothing was.
+    """
+
+    steps: float
+    known: float
+    kl: float = math.nan
+    fall: float = math.nan
+
+
+@dataclass(frozen=True)
+class Limits:
+    """N, and how far the outputs may change: mean KL and mean fall, see :class:`Outputs`."""
+
+    steps: float
+    kl: float
+    fall: float
+
+
+def search(measure: Callable[[float], tuple[float, float]], known: float, limits: Limits) -> Length:
+    """The longest of a few lengths at which the outputs stay within the limits.
+
+    It starts from twice the length known. KL grows about as the square of a length and the fall in proportion to it:
+    from that each trial proposes the next, and none is taken that was not itself measured. Where none is within, the
+    next search starts from half of the last one tried.
+
+    Args:
+        measure: moves the weights to a length and says how far the outputs are from those at 0: mean KL, mean fall; not
+            finite where the model failed, which ends the search.
+        known: what the last search found, > 0.
+        limits: none of them is exceeded.
+    """
+    proposed = min(2 * known, limits.steps)
+    for _ in range(TRIALS):
+        tried = proposed
+        kl, fall = measure(tried)
+        if not (math.isfinite(kl) and math.isfinite(fall)):
+            break
+        used = max(math.sqrt(max(kl, 0.0) / limits.kl), fall / limits.fall)
+        if used <= 1:
+            felt = max(kl / limits.kl, fall / limits.fall) > FELT
+            return Length(tried, tried if felt else min(tried, known), kl, fall)
+        proposed = MARGIN * tried / used
+    return Length(0.0, max(tried / 2, 1.0) / 2)
+
+
+class Outputs:
+    """How far a model's distributions are from those that it had when this was made.
+
+    Only positions count at which two tokens or more have a probability of `PLAUSIBLE`: where the policy has no choice
+    nothing can change, and a mean over such positions would hide what happens at the others.
+
+    - KL: KL(p_before || p_now), exact over the vocabulary, in float32.
+    - fall: the largest fall of a log-probability from before to now among the tokens that were plausible before. KL
+      hardly sees what is seldom said, and what is no longer sampled is lost for good.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self._kept: list[Tensor] = []  # for each chunk: which of its rows count
+        self._before: list[Tensor] = []  # their log-probabilities
+        for chunk in _chunks(logits):
+            before = chunk.float().log_softmax(-1)
+            counts = (before >= math.log(PLAUSIBLE)).sum(-1) >= 2
+            self._kept.append(counts.nonzero().flatten())
+            self._before.append(before[self._kept[-1]])
+        self._shape = logits.shape
+
+    def compare(self, logits: Tensor) -> Tensor:
+        """Sums over the positions that count, of KL and fall, and their number: float64 [3] on the CPU."""
+        if logits.shape != self._shape:
+            raise Unusable(f"it returned logits of another shape than before: {logits.shape}, {self._shape}")
+        sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
+        for chunk, kept, before in zip(_chunks(logits), self._kept, self._before):
+            lost = before - chunk[kept].float().log_softmax(-1)
+            p = before.exp()
+            kl = torch.where(p > 0, p * lost, 0.0).sum(-1)  # a logit of -inf is no change
+            fall = torch.where(before >= math.log(PLAUSIBLE), lost, 0.0).amax(-1).clamp(min=0)
+            sums += torch.stack([kl.sum(), fall.sum(), torch.tensor(len(kept), device=sums.device)]).double()
+        return sums.cpu()
+
+
+def _chunks(logits: Tensor) -> tuple[Tensor, ...]:
+    return logits.split(max(1, CHUNK_BYTES // (4 * logits.shape[-1])))
+
+
+class TrustRegion:
+    """Chooses the length of an optimizer's jumps by what they change in the outputs of its model."""
+
+    def __init__(self) -> None:
+        self.watch = Watch()
+        self.process_group: Any = None
+        self.quietly = False  # nothing is to be watched, and nobody to be told so
+        self._warned: set[str] = set()
+
+    def choose(
+        self, move: Callable[[float], None], params: Sequence[Tensor], known: float, limits: Limits, most: bool
+    ) -> Length:
+        """Move the weights to the longest jump within the limits.
+
+        Args:
+            move: writes the weights of a length, any number of times.
+            params: those of the optimizer, on this rank.
+            known: what the last search found, > 0.
+            limits: none of them is exceeded.
+            most: whether most of the parameters jump: else it takes the length known at most, without a search.
+        """
+        length = self._choose(move, params, known, limits, most)
+        move(length.steps)
+        return length
+
+    def _choose(
+        self, move: Callable[[float], None], params: Sequence[Tensor], known: float, limits: Limits, most: bool
+    ) -> Length:
+        unwatched = Length(min(UNWATCHED, limits.steps), known)
+        if self.quietly:
+            return unwatched
+        try:
+            ranks = Ranks(self.watch, params, self.process_group)
+            missing, unusable, _ = ranks.sum(
+                not (most and self.watch.captured), self.watch.refused is not None or self.watch.model is None
+            )
+            if unusable:
+                raise Unusable(self.watch.refused or self._not_found())
+            if missing:
+                if most:
+                    self._warn("inputs", "no inputs of the model were seen in the last step of a cycle")
+                return Length(min(known, limits.steps), known)
+            return self._search(move, ranks, known, limits)
+        except Unusable as reason:
+            self._warn(
+                str(reason),
+                f"jumps are at most {unwatched.steps:g} steps long, without a trust region: {reason}. "
+                "extra_watch=False says that this is intended.",
+            )
+            return unwatched
+        finally:
+            self.watch.release()
+
+    def _search(self, move: Callable[[float], None], ranks: Ranks, known: float, limits: Limits) -> Length:
+        watch, outputs = self.watch, list[Outputs]()
+        assert watch.model is not None
+        failures: list[Exception] = []
+        together = bool(sharded(watch.model))  # its forward pass waits for that of the other ranks
+
+        def attempt(length: float) -> Tensor:
+            """The sums of `Outputs.compare`; NaN where the model failed."""
+            move(length)
+            sums = torch.zeros(3, dtype=torch.float64)
+            if failures:
+                return sums.fill_(math.nan)
+            try:
+                logits = watch.run(positions)
+                if not outputs:
+                    outputs.append(Outputs(logits))
+                else:
+                    sums = outputs[0].compare(logits)
+            except Exception as error:
+                move(0.0)
+                if together:
+                    raise
+                failures.append(error)
+                sums.fill_(math.nan)
+            return sums
+
+        def measure(length: float) -> tuple[float, float]:
+            kl, fall, count = ranks.sum(*attempt(length).tolist())
+            return (kl / count, fall / count) if count else (0.0, 0.0)
+
+        try:
+            with watch.undisturbed():
+                positions = watch.positions()
+                attempt(0.0)
+                length = search(measure, known, limits)
+        except BaseException:
+            move(0.0)
+            raise
+        for error in failures:
+            if isinstance(error, Unusable):
+                watch.refused = str(error)
+                self._warn(str(error), f"jumps are limited without a trust region from now on: {error}")
+            else:
+                self._warn("failed", f"a jump was left out, since the model failed on its last inputs: {error!r}")
+        return length
+
+    def _not_found(self) -> str:
+        return (
+            "no module with most of these parameters was called for training. DeepSpeed, Megatron and apex step copies "
+            "of the weights, which no model computes with; of other models tell the optimizer, by watch(model)"
+        )
+
+    def _warn(self, of: str, text: str) -> None:
+        if of not in self._warned:
+            self._warned.add(of)
+            warnings.warn(f"extraopt: {text}", RuntimeWarning, stacklevel=4)
+
+
+class Ranks:
+    """The ranks that jump together, so that all take one decision.
+
+    Raises:
+        Unusable: torch.distributed runs, and which of its ranks train this model is not known.
+    """
+
+    def __init__(self, watch: Watch, params: Sequence[Any], process_group: Any) -> None:
+        self._groups: list[Any] = []
+        self._device: torch.device = next((p.device for p in params), torch.device("cpu"))
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        mesh = next((p.device_mesh for p in params if hasattr(p, "device_mesh")), None)
+        if process_group is not None or watch.group is not None:
+            self._groups = [process_group if process_group is not None else watch.group]
+        elif mesh is not None:
+            self._groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+        elif torch.distributed.get_world_size() > 1:
+            raise Unusable(
+                "torch.distributed runs, and which of its ranks train this model is not known: give "
+                "watch(model, process_group=...)"
+            )
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks; at least three are returned."""
+        numbers = torch.tensor([*map(float, values), *[0.0] * (3 - len(values))], dtype=torch.float64)
+        if self._groups:
+            numbers = numbers.to(self._device)
+            for group in self._groups:
+                torch.distributed.all_reduce(numbers, group=group)
+        return numbers.tolist()  # type: ignore[no-any-return]

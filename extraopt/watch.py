@@ -1,0 +1,389 @@
+"""The model behind an optimizer: found, its last inputs remembered, and run on them again, leaving all as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+LOGITS_BYTES = 1 << 28  # of float32 logits at most, of the positions that are looked at
+# what only makes a loss: without these a model returns its logits and spends no memory on more
+DROPPED = {"labels", "shift_labels", "num_items_in_batch", "fused_lm_head", "n_items", "output_router_logits"}
+
+
+class Unusable(Exception):
+    """Why the outputs of this model can't be watched, in words for the user."""
+
+
+class _Hook:
+    """A forward pre-hook that is inert wherever a model was copied or unpickled to."""
+
+    def __init__(self, act: Callable[..., None]) -> None:
+        self.act = weakref.WeakMethod(act)
+
+    def __call__(self, *arguments: Any) -> None:
+        act = self.act()
+        if act is not None:
+            act(*arguments)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., Any]:
+        return contextlib.nullcontext().__exit__
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (contextlib.nullcontext(), "__exit__")  # does nothing, and a file needs no package of ours
+
+
+def _map(what: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value` with `what` done to each tensor in its dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return what(value)
+    if isinstance(value, Mapping):
+        made = {key: _map(what, x) for key, x in value.items()}
+        return made if type(value) is dict else _like(value, made)
+    if type(value) in (list, tuple):
+        return type(value)(_map(what, x) for x in value)
+    return value
+
+
+def _like(value: Any, made: dict[Any, Any]) -> Any:
+    try:
+        return type(value)(made)
+    except TypeError:
+        return made
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        yield value
+        return
+    for x in value:
+        yield from _leaves(x)
+
+
+def _named(kind: type, name: str) -> bool:
+    return any(base.__name__ == name and base.__module__.startswith("torch.") for base in kind.__mro__)
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
+    """The module to call again and whose inputs to remember, and the process group of a DDP around it, or None.
+
+    Raises:
+        Unusable: its inputs are no inputs of one model, or its parameters not where an optimizer can move them.
+    """
+    group = None
+    while True:
+        kind = type(model)
+        if _named(kind, "DataParallel"):
+            raise Unusable("nn.DataParallel runs throw-away copies of it: use DistributedDataParallel")
+        if _named(kind, "FullyShardedDataParallel"):
+            raise Unusable("FSDP1 keeps its gathered weights after a forward pass: use FSDP2 (fully_shard)")
+        if kind.__name__ == "DeepSpeedEngine" or kind.__name__ == "PipelineEngine":
+            raise Unusable("DeepSpeed steps a flat copy of the weights, not those that the model computes with")
+        if _named(kind, "DistributedDataParallel"):
+            group, model = model.process_group, model.module  # type: ignore[assignment]
+        elif kind.__name__ == "OptimizedModule":
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model, group
+
+
+class Watch:
+    """Remembers the inputs of a training forward pass in the last step of a cycle, and runs the model on them again.
+
+    Attributes:
+        armed: whether the next step may end a cycle: only then inputs are kept.
+        model: what is called again; None as long as it was not found.
+        group: process group of the DDP around it.
+        refused: why nothing can be watched, or None.
+    """
+
+    def __init__(self) -> None:
+        self.armed = True
+        self.model: nn.Module | None = None
+        self.group: Any = None
+        self.refused: str | None = None
+        self._logits: Callable[[Any], Tensor] | None = None
+        self._handles: list[Any] = []
+        self._own: Callable[[], set[int]] = set
+        self._rng: dict[torch.device | None, Tensor] = {}
+        self._captured: tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.dtype]] | None = None
+
+    @property
+    def watching(self) -> bool:
+        """Whether there is a hook, on a model or in search of one."""
+        return bool(self._handles)
+
+    @property
+    def captured(self) -> bool:
+        """Whether there are inputs to run the model on."""
+        return self._captured is not None
+
+    def attach(self, model: nn.Module, logits: Callable[[Any], Tensor] | None) -> None:
+        """Watch this model.
+
+        Args:
+            model: as it is called for training, or what DDP or `torch.compile` wraps.
+            logits: of its output, float [..., V]; None takes `.logits` of an output of transformers.
+        """
+        self.detach()
+        self._logits = logits
+        try:
+            self.model, self.group = unwrapped(model)
+        except Unusable as reason:
+            self.refused = str(reason)
+            return
+        self._hold(self.model.register_forward_pre_hook(_Hook(self._remember), prepend=True, with_kwargs=True))
+
+    def find(self, own: Callable[[], set[int]], logits: Callable[[Any], Tensor] | None) -> None:
+        """Watch the outermost module that is called for training and has most of the parameters with these ids."""
+        self.detach()
+        self._own, self._logits = own, logits
+        self._hold(register_module_forward_pre_hook(_Hook(self._look)))
+
+    def _hold(self, handle: Any) -> None:
+        self._handles.append(handle)
+        weakref.finalize(self, handle.remove)
+
+    def detach(self) -> None:
+        """Watch nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.model = self.group = self.refused = None
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the inputs."""
+        self._captured = None
+
+    def _look(self, module: nn.Module, *_: Any) -> None:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        own = self._own()
+        if not own or 2 * len(own & set(map(id, module.parameters()))) <= len(own):
+            return
+        self.attach(module, self._logits)
+
+    def _remember(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if not self.armed or not torch.is_grad_enabled() or getattr(module, "_is_replica", False):
+            return
+        leaves = list(_leaves((arguments, named)))
+        if not any(isinstance(x, Tensor) for x in leaves) or any(isinstance(x, nn.Module) for x in leaves):
+            return
+        labels = named.get("labels")
+        if self._captured is not None and isinstance(labels, Tensor) and not bool((labels != -100).any()):
+            return  # an earlier micro-batch says more
+        autocast = {
+            device: torch.get_autocast_dtype(device)
+            for device in {x.device.type for x in leaves if isinstance(x, Tensor)}
+            if torch.is_autocast_enabled(device)
+        }
+        self._captured = (*_map(Tensor.detach, (arguments, dict(named))), autocast)
+
+    # --- again -------------------------------------------------------------------------------------------------------
+
+    def positions(self) -> Positions:
+        """Which rows of the model's logits are looked at, for the inputs remembered."""
+        assert self.model is not None and self._captured is not None
+        return Positions(self.model, *self._captured[:2], self._logits)
+
+    def run(self, positions: Positions) -> Tensor:
+        """The logits at these positions with the weights as they are: [R, V], in the model's own dtype.
+
+        Raises:
+            Unusable: the model gives none.
+        """
+        assert self.model is not None and self._captured is not None
+        arguments, named, autocast = self._captured
+        with contextlib.ExitStack() as stack:
+            for device, dtype in autocast.items():
+                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            torch.clear_autocast_cache()  # else a model under autocast would compute with the weights of the run before
+            _set_rng(self._rng)  # noise that a model draws is the same in each run
+            # modules that cache what they made of their weights in eval mode let go of it when training begins
+            self.model.train()
+            self.model.eval()
+            try:
+                output = self.model(*arguments, **positions.named(named))
+                return positions.rows(output)
+            finally:
+                torch.clear_autocast_cache()
+                _reshard(self.model)
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """In eval mode, without gradients; afterwards modes, buffers and random states are as before, bit for bit."""
+        assert self.model is not None
+        modes = [(module, module.training) for module in self.model.modules()]
+        buffers = [
+            (module, name, b, b._version, b.detach().clone())
+            for module in self.model.modules()
+            for name, b in module._buffers.items()
+            if b is not None
+        ]
+        with torch.no_grad(), _eagerly():
+            self._rng = _rng({p.device for p in self.model.parameters() if p.is_cuda})
+            try:
+                yield
+                self.model.train()
+            except BaseException:
+                _reset(self.model)
+                raise
+            finally:
+                for module, mode in modes:
+                    module.training = mode
+                for module, name, b, version, before in buffers:
+                    if module._buffers.get(name) is not b or b._version != version:
+                        module._buffers[name] = b.copy_(before)
+                _set_rng(self._rng)
+
+
+def _rng(devices: Iterable[torch.device]) -> dict[torch.device | None, Tensor]:
+    return {None: torch.get_rng_state(), **{device: torch.cuda.get_rng_state(device) for device in devices}}
+
+
+def _set_rng(states: Mapping[torch.device | None, Tensor]) -> None:
+    for device, state in states.items():
+        torch.set_rng_state(state) if device is None else torch.cuda.set_rng_state(state, device)
+
+
+def _eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Compiled parts run as they were written: no graph is made for two passes in a cycle."""
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call,no-any-return]
+
+
+def sharded(model: nn.Module) -> list[Any]:
+    """Its modules that FSDP2 shards."""
+    return [m for m in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(m).__mro__)]
+
+
+def _reshard(model: nn.Module) -> None:
+    # FSDP2's root keeps its gathered weights after a forward pass, and would compute with them again
+    for module in sharded(model):
+        module.reshard()
+
+
+def _reset(model: nn.Module) -> None:
+    for module in sharded(model)[:1]:
+        with contextlib.suppress(Exception):
+            module.reset_iter_state()
+
+
+class Positions:
+    """Rows of a model's logits that a label or a token of the prompt belongs to, by a fixed stride where they are many.
+
+    Logits at t belong to the token at t + 1, but for encoder-decoders, whose labels lie beside their logits. Outputs of
+    one row a sequence (classifiers) count as they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: tuple[Any, ...],
+        named: dict[str, Any],
+        logits: Callable[[Any], Tensor] | None,
+    ) -> None:
+        self._logits = logits
+        config = getattr(model, "config", None)
+        self._beside = bool(getattr(config, "is_encoder_decoder", False))
+        self._uses_cache = getattr(config, "use_cache", None) is not None
+        self._accepts = _accepted(model)
+        embeddings = getattr(model, "get_output_embeddings", lambda: None)() if config is not None else None
+        weight = getattr(embeddings, "weight", None)
+        self._width = int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+        self._valid = self._columns = None
+        if logits is None:
+            self._choose(arguments, named)
+
+    def _choose(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ids = next((named[k] for k in ("input_ids", "inputs_embeds") if isinstance(named.get(k), Tensor)), None)
+        if ids is None and arguments and isinstance(arguments[0], Tensor):
+            ids = arguments[0]
+        labels, mask = named.get("labels"), named.get("attention_mask")
+        if isinstance(labels, Tensor) and labels.dim() == 2:
+            valid = labels != -100
+        elif isinstance(mask, Tensor) and mask.dim() == 2 and not self._beside:
+            valid = mask != 0
+        elif ids is not None and ids.dim() >= 2:
+            valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
+        else:
+            return
+        if not self._beside:
+            valid = torch.cat([valid[:, 1:], torch.zeros_like(valid[:, :1])], 1)
+        columns = valid.any(0).nonzero().flatten()
+        if self._width is not None:
+            room = max(1, LOGITS_BYTES // (4 * self._width * len(valid)))
+            columns = columns[:: -(-len(columns) // room) or 1]
+        self._valid, self._columns = valid, columns
+
+    def named(self, named: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments that make the model return logits of these positions, and nothing that a loss needs."""
+        kept = {k: v for k, v in named.items() if k not in DROPPED or (k == "labels" and self._beside)}
+        if self._uses_cache and ("use_cache" in kept or self._accepts("use_cache")):
+            kept["use_cache"] = False
+        self._cut = self._columns is not None and len(self._columns) > 0 and self._accepts("logits_to_keep")
+        if self._cut and "logits_to_keep" not in kept:
+            kept["logits_to_keep"] = self._columns
+        else:
+            self._cut = False
+        return kept
+
+    def rows(self, output: Any) -> Tensor:
+        """The rows that count, of what the model returned: [R, V].
+
+        Raises:
+            Unusable: it holds no logits.
+        """
+        if self._logits is not None:
+            logits = self._logits(output)
+            return logits.reshape(-1, logits.shape[-1])[: max(1, LOGITS_BYTES // (4 * logits.shape[-1]))]
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise Unusable("its output has no `.logits`: give watch(model, logits=...) a function that makes them")
+        if logits.shape[-1] < 2 or (self._width is not None and logits.shape[-1] != self._width):
+            raise Unusable(
+                f"`.logits` of its output have {logits.shape[-1]} columns, which are no distribution over classes or "
+                f"tokens{f' ({self._width})' * (self._width is not None)}: give watch(model, logits=...) a function "
+                "that makes logits of the output"
+            )
+        if logits.dim() != 3 or self._valid is None or self._columns is None:
+            return logits.reshape(-1, logits.shape[-1])
+        valid = self._valid[:, self._columns]
+        if not self._cut or logits.shape[1] != len(self._columns):
+            # virtual tokens of prompt tuning come first, and make the logits longer than the tokens
+            first = logits.shape[1] - self._valid.shape[1]
+            if first < 0:
+                raise Unusable("it returned logits of fewer positions than it was given tokens")
+            logits = logits[:, self._columns + first]
+        return logits[valid]
+
+
+def _accepted(model: nn.Module) -> Callable[..., bool]:
+    """Whether the model's forward takes a keyword argument: itself, or the inner one to which it passes them on."""
+    own: list[Mapping[str, inspect.Parameter]] = []
+    inner: Any = model
+    for _ in range(4):
+        own.append(inspect.signature(inner.forward).parameters)
+        inner = getattr(inner, "base_model", None)
+        inner = getattr(inner, "model", inner)
+        if not isinstance(inner, nn.Module) or not _passes_on(own[-1]):
+            break
+
+    def accepts(name: str) -> bool:
+        if name in own[0]:
+            return True
+        return _passes_on(own[0]) and any(name in parameters for parameters in own)
+
+    return accepts
+
+
+def _passes_on(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
