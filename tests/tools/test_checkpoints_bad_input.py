@@ -110,6 +110,23 @@ DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object], tuple[str, ...]]] =
     "quantised": (
         "safetensors", lambda a, b: edit_json(b / "config.json", quantization_config={"bits": 4}), ("quantised",),
     ),
+    "quantised, by a part's config": (
+        "safetensors", lambda a, b: edit_json(b / "config.json", text_config={"quantization_config": {"bits": 4}}),
+        ("quantised", "text_config.quantization_config"),
+    ),
+    "quantised, by compressed-tensors": (
+        "safetensors", lambda a, b: edit_json(b / "config.json", compression_config={"format": "pack-quantized"}),
+        ("quantised", "compression_config"),
+    ),
+    "quantised, by GPTQ's file": (
+        "safetensors", lambda a, b: (b / "quantize_config.json").write_text('{"bits": 4}'),
+        ("quantised", "quantize_config.json"),
+    ),
+    "quantised, by ModelOpt's file": (
+        "safetensors", lambda a, b: (a / "hf_quant_config.json").write_text('{"producer": {"name": "modelopt"}}'),
+        ("quantised", "hf_quant_config.json"),
+    ),
+    "quantised, by nothing but tensors": ("safetensors", lambda a, b: edit(b, quantise), ("quantised", "qweight")),
     "config is no JSON": ("safetensors", lambda a, b: (b / "config.json").write_text("{,"), ("config.json", "read")),
     "cut short": ("safetensors", lambda a, b: os.truncate(b / WEIGHTS, 9000), ("cut short", WEIGHTS, "checkpoint-200")),
     "empty file": ("safetensors", lambda a, b: os.truncate(b / WEIGHTS, 0), ("cut short", WEIGHTS)),
@@ -168,6 +185,12 @@ DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object], tuple[str, ...]]] =
     ),
     "bin that is compressed": ("bin", lambda a, b: compress(b / "pytorch_model.bin"), ("compressed",)),
 }  # fmt: skip
+
+
+def quantise(state: dict[str, torch.Tensor]) -> None:
+    layer = "model.layers.0.mlp.up_proj"
+    weight = state.pop(f"{layer}.weight")
+    state |= {f"{layer}.qweight": weight.to(torch.int32), f"{layer}.scales": torch.ones(4)}
 
 
 def set_to_extra(state: dict[str, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from .safety import check_size
 if TYPE_CHECKING:
     from .read import Checkpoint
 
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 MANY = 1000  # layers or experts that a config may name without a tensor for each
 
 
@@ -48,10 +50,26 @@ def ask_model(checkpoint: Checkpoint) -> ModelFacts:
         parameters.setdefault(id(parameter), []).append(name)
     groups = [group for group in parameters.values() if len(group) > 1]
     both = ([form for name in group for form in (name, name.removeprefix(prefix))] for group in groups)
-    tied = [tuple(dict.fromkeys(group)) for group in both]
+    held: dict[str, set[str]] = {}
+    for name in checkpoint.infos:
+        held.setdefault(unwrapped(name), set()).add(name)
+
+    def stored(names: Iterable[str]) -> tuple[str, ...]:
+        """With what the checkpoint calls them."""
+        return tuple(dict.fromkeys(form for name in names for form in (name, *sorted(held.get(name, ())))))
+
+    tied = [stored(group) for group in both]
     tied += [group for group in shared if not any(set(group) <= set(other) for other in tied)]
     buffers = [name for name, _ in model.named_buffers()]
-    return ModelFacts(tuple(tied), frozenset(form for b in buffers for form in (b, b.removeprefix(prefix))), "")
+    both_names = (form for name in buffers for form in (name, name.removeprefix(prefix)))
+    return ModelFacts(tuple(tied), frozenset(stored(both_names)), "")
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what parallel, compiled and checkpointed modules put into it."""
+    return (
+        ".".join(part for part in name.split(".") if part not in WRAPPERS) if any(w in name for w in WRAPPERS) else name
+    )
 
 
 def _model_on_meta(checkpoint: Checkpoint) -> torch.nn.Module:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .introspection import ModelFacts, ask_model
+from .introspection import ModelFacts, ask_model, unwrapped
+from .quantization import check_not_quantised
 from .safety import LARGEST_SHAPE, CheckpointError, check_inside, check_records, read_json
 
 DTYPES = {
@@ -84,10 +85,7 @@ class Checkpoint:
         self.is_adapter = weights.name in ADAPTER
         config = path / ("adapter_config.json" if self.is_adapter else "config.json")
         self.config: dict[str, Any] = read_json(config) if os.path.exists(config) or self.is_adapter else {}
-        if "quantization_config" in self.config:
-            raise CheckpointError(
-                f"{path} holds quantised weights: their numbers are codes, not weights. Dequantise the model first."
-            )
+        check_not_quantised(path, self.config, {})
         self.infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         if weights.name.endswith(".index.json"):
@@ -96,6 +94,7 @@ class Checkpoint:
             self._open_file(weights)
         if not self.infos:
             raise CheckpointError(f"{weights} holds no tensor.")
+        check_not_quantised(path, self.config, self.infos)
 
     def _open_shards(self, index: Path) -> None:
         where = read_json(index).get("weight_map")
@@ -262,14 +261,22 @@ class Checkpoint:
         return self.model_facts.buffers
 
     def resolve(self, name: str) -> str | None:
-        """The name under which this checkpoint holds a tensor: its own, or that of one tied to it; None if it has none.
+        """The name under which this checkpoint holds a tensor: its own, with other wrappers, or of a tie; None: none.
 
         Of tied tensors a file of safetensors holds one, and a `.bin` holds all.
         """
         if name in self.infos:
             return name
-        group = next((group for group in self.tied if name in group), ())
+        held = self._unwrapped.get(unwrapped(name))
+        if held is not None:
+            return held
+        group = next((group for group in self.tied if name in group or unwrapped(name) in group), ())
         return next((other for other in group if other in self.infos), None)
+
+    @cached_property
+    def _unwrapped(self) -> dict[str, str]:
+        """From names without wrappers to names."""
+        return {unwrapped(name): name for name in self.infos}
 
 
 def read_blocks(name: str, info: TensorInfo, elements: int) -> Iterator[Tensor]:
