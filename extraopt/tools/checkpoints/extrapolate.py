@@ -35,6 +35,8 @@ from .write import fsync, new_folder, write_all, write_header, write_text
 
 BLOCK = 1 << 15  # elements: stays in a core's cache, and torch starts no threads, which would cost more than they do
 
+STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
 Progress = Callable[[float, float], None]
 
 
@@ -97,9 +99,13 @@ class _Sum:
             report.notes.append(f"Tensors were extrapolated one by one: {self.algebra.unknown}.")
             self.algebra = report.lora = None
 
+    def is_state(self, name: str) -> bool:
+        """Whether a tensor is a buffer: by the model's class, or by a batch norm's names (no variance is below 0)."""
+        return name in self.last.buffers or name.rpartition(".")[2] in STATISTICS
+
     def moves(self, name: str) -> bool:
         """Whether a tensor is extrapolated. All names of one parameter, and both factors of a pair, go together."""
-        if not self.last.dtype(name).is_floating_point or name in self.last.buffers:
+        if not self.last.dtype(name).is_floating_point or self.is_state(name):
             return False
         names = {name, *(other for group in self.last.tied if name in group for other in group)}
         names.update(self.algebra.group(name) if self.algebra else ())
@@ -110,7 +116,7 @@ class _Sum:
         """The new tensor in flat pieces, in its dtype; each is overwritten by the next one."""
         if not self.moves(name):
             self.report.copied.append(name)
-            check = self.last.dtype(name).is_floating_point and name not in self.last.buffers
+            check = self.last.dtype(name).is_floating_point and not self.is_state(name)
             for block in self.last.blocks(name, BLOCK):
                 if check and not finite(block):
                     raise not_finite(name, self.last)
