@@ -81,7 +81,11 @@ def linearity(
     from .checkpoints.linearity import linearity as measure
     from .checkpoints.paths import Filter
 
-    found = [checkpoint for path in paths for checkpoint in find_checkpoints(path)]
+    left_out: list[str] = []
+    every = [checkpoint for path in paths for checkpoint in find_checkpoints(path, left_out)]
+    found = list({os.path.realpath(folder): (step, folder) for step, folder in every}.values())
+    for note in left_out:
+        err.print(f"Note: {note}", soft_wrap=True, markup=False, highlight=False)
     keep = Filter(min_move, min_values)
     if prompts and not os.path.isfile(prompts):
         raise CheckpointError(f"--prompts {prompts}: no such file")

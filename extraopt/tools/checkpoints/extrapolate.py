@@ -252,13 +252,14 @@ def extrapolate(
         CheckpointError: The input is bad, or `out` can't be written. Then `out` is as it was.
     """
     start = time.perf_counter()
-    found = numbered(checkpoints)
+    left_out: list[str] = []
+    found = numbered(checkpoints, left_out)
     paths, weights, alpha = line(found, alpha, to, steps, fit, average)
     opened = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
     for checkpoint in opened[:-1]:
         check_same_family(checkpoint, opened[-1], dtypes=False)
     last = opened[-1]
-    report = Extrapolation(Path(out), list(zip(paths, weights)), alpha, tied=list(last.tied))
+    report = Extrapolation(Path(out), list(zip(paths, weights)), alpha, tied=list(last.tied), notes=left_out)
     mixed = sorted({str(c.dtype(c.resolve(name) or name))[6:] for name in last.names for c in opened})
     if any(c.dtype(c.resolve(name) or name) != last.dtype(name) for name in last.names for c in opened):
         report.notes.append(
