@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import os
 import shutil
@@ -19,6 +21,9 @@ from _checkpoint_models import SMALL, make, run_of, save, transformers
 from safetensors.torch import load_file, save_file
 
 from extraopt.tools import cli
+from extraopt.tools.checkpoints import extrapolate
+
+extrapolation = importlib.import_module("extraopt.tools.checkpoints.extrapolate")
 
 WEIGHTS = "model.safetensors"
 NORM = "model.norm.weight"
@@ -443,3 +448,59 @@ def test_a_full_disk_is_said_before_and_in_the_middle(small_disk: Path, capsys, 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: plenty)  # space that another process then takes
     line = refused(capsys, monkeypatch, a, b, "--alpha", "1", "-o", small_disk / "out")
     assert "disk is full" in line
+
+
+@pytest.mark.parametrize("bind", [False, True])
+def test_a_mount_point_is_refused_before_the_work_and_a_folder_in_it_serves(
+    bind: bool, small_disk: Path, pair, capsys, monkeypatch, tmp_path: Path
+):
+    a, b = pair()
+    where = small_disk
+    if bind:
+        where = tmp_path / "bound"
+        where.mkdir()
+        (tmp_path / "source").mkdir()
+        subprocess.run(["mount", "--bind", tmp_path / "source", where], check=True)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(extrapolation._Sum, "write", lambda *_: pytest.fail("the work began"))
+            line = refused(capsys, monkeypatch, a, b, "--alpha", "1", "-o", where)
+        assert "mount point" in line and str(where) in line
+        extrapolate([a, b], where / "out", alpha=1)
+        assert (where / "out" / WEIGHTS).exists()
+    finally:
+        if bind:
+            subprocess.run(["umount", where], check=True)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.ENOTSUP])
+def test_a_disk_that_can_not_sync_and_tells_no_size_is_written_all_the_same(
+    code: int, pair, monkeypatch, tmp_path: Path
+):
+    """As CIFS and FUSE do."""
+    a, b = pair()
+
+    def no(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    plain = os.open
+
+    def open_no_folder(path, *args):
+        return no() if os.path.isdir(path) and code == errno.EACCES else plain(path, *args)
+
+    monkeypatch.setattr(os, "fsync", no)
+    monkeypatch.setattr(os, "open", open_no_folder)
+    monkeypatch.setattr(Path, "chmod", lambda *_: no() if code == errno.EACCES else None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    assert extrapolate([a, b], tmp_path / "out", alpha=1).bytes > 0
+
+
+def test_a_disk_that_fails_in_a_sync_is_told(pair, capsys, monkeypatch, tmp_path: Path):
+    a, b = pair()
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    line = refused(capsys, monkeypatch, a, b, "--alpha", "1", "-o", tmp_path / "out")
+    assert os.strerror(errno.EIO) in line

@@ -115,6 +115,29 @@ def test_layout_files_and_index_are_the_last_checkpoints(tmp_path: Path):
     assert oct(out.stat().st_mode) == oct(a.stat().st_mode)
 
 
+def test_all_that_is_no_weight_is_copied_and_nothing_of_the_run(tmp_path: Path):
+    a, b = run_of(tmp_path, "llama")
+    of_model = (
+        "tokenizer.model.v3", "merges.bin.txt", "1_Pooling/config.json", "voices/en/style.yaml", "preprocessor",
+        "vocab.x", "additional_chat_templates/tool.jinja", "modules.json", "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+    )  # fmt: skip
+    of_run = (
+        "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state_0.pth", "training_args.bin", "latest",
+        "trainer_state.json", "zero_to_fp32.py", "events.out.tfevents.1.host", "global_step40/mp_rank_00_states.pt",
+        "checkpoint-7/config.json", "runs/x/events", "original/consolidated.00.pth", "model.onnx", "model.gguf",
+        ".git/x", ".cache/y", "onnx/model.onnx", "onnx/config.json",
+    )  # fmt: skip
+    for name in of_model + of_run:
+        (b / name).parent.mkdir(parents=True, exist_ok=True)
+        (b / name).write_text("[]")
+    (b / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]')
+    report = extrapolate([a, b], tmp_path / "out", alpha=1)
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert written == {"config.json", "generation_config.json", "model.safetensors", *of_model}
+    assert len(report.notes) == 1 and "2_Dense/model.safetensors holds weights" in report.notes[0]
+
+
 def test_bin_files_become_safetensors_with_one_name_for_each_tie(tmp_path: Path):
     a, b = run_of(tmp_path, "qwen2-tied", kind="bin")
     assert "lm_head.weight" in open_checkpoint(b).names

@@ -11,9 +11,7 @@ stored dtype: reading and writing take longer than that, and neither the order o
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +23,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .beside import is_weights
 from .family import check_same_family
 from .find import numbered
 from .lora import LoraAlgebra, LoraError, finite, not_finite
 from .plan import line
 from .read import Checkpoint, open_checkpoint
 from .safety import CheckpointError
-from .write import fsync, new_folder, write_all, write_header, write_text
+from .write import check_space, fsync, fsync_handle, new_folder, write_all, write_header, write_text
 
 BLOCK = 1 << 15  # elements: stays in a core's cache, and torch starts no threads, which would cost more than they do
 
@@ -166,9 +165,7 @@ class _Sum:
     def write(self, folder: Path) -> None:
         """All files of the new checkpoint."""
         self.report.bytes = sum(info.nbytes for info in self.last.infos.values())
-        free = shutil.disk_usage(folder).free
-        if free < self.report.bytes:
-            raise OSError(errno.ENOSPC, f"{self.report.bytes} bytes to write, {free} free")
+        check_space(folder, self.report.bytes)
         shards: dict[str, list[str]] = {}
         for name in self.last.names:
             if not self.doubled(name):
@@ -188,13 +185,15 @@ class _Sum:
                         if self.progress:
                             self.progress(done, self.report.bytes)
                     self.stored[name] = file.name
-                os.fsync(stream.fileno())
+                fsync_handle(stream.fileno())
         if len(shards) > 1 or (self.last.path / "model.safetensors.index.json").exists():
             index = {"metadata": {"total_size": done}, "weight_map": dict(sorted(self.stored.items()))}
             write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         for file in self.last.files:
             copy = folder / file.relative_to(self.last.path)
-            copy.parent.mkdir(exist_ok=True)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if is_weights(file):
+                self.report.notes.append(f"{file} holds weights of its own: copied, not extrapolated.")
             shutil.copyfile(file, copy)
             fsync(copy)
         self.report.bytes = done

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .beside import files_beside
 from .introspection import ModelFacts, ask_model, unwrapped
 from .quantization import check_not_quantised
 from .safety import LARGEST_SHAPE, CheckpointError, check_inside, check_records, read_json
@@ -32,10 +33,6 @@ DTYPES = {
 }  # fmt: skip
 FULL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-# Files beside the weights that belong to the model. What a trainer leaves there (optimizer.pt, rng_state.pth,
-# trainer_state.json, training_args.bin, ...) belongs to a run, and is untrue of any other weights.
-BESIDE = {".json", ".jsonl", ".txt", ".model", ".jinja", ".py", ".md", ".tiktoken", ".spm", ".bpe", ".vocab"}
-NOT_BESIDE = {"trainer_state.json", "zero_to_fp32.py"}
 
 
 @dataclass(frozen=True)
@@ -233,17 +230,8 @@ class Checkpoint:
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
-        """What belongs to the model beside its weights: config, tokenizer, chat templates, code, licence."""
-        beside = [
-            file
-            for file in sorted(self.path.iterdir())
-            if (file.suffix in BESIDE or file.name.upper() in ("LICENSE", "NOTICE"))
-            and os.path.isfile(file) and file.name not in NOT_BESIDE and not file.name.endswith(".index.json")
-        ]  # fmt: skip
-        beside += sorted(self.path.glob("additional_chat_templates/*.jinja"))
-        for file in beside:
-            check_inside(file, self.path)
-        return tuple(beside)
+        """What belongs to the model beside its weights: config, tokenizer, chat templates, code, licence, its parts."""
+        return files_beside(self.path)
 
     @cached_property
     def model_facts(self) -> ModelFacts:

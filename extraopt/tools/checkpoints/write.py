@@ -8,22 +8,23 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .read import DTYPES, Checkpoint
 from .safety import CheckpointError
 
+CAN_NOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
 def new_folder(out: Path, inputs: Sequence[Path]) -> Iterator[Path]:
-    """A folder beside `out` to fill, which becomes `out` at the end or goes away: `out` is whole or not there at all.
+    """A folder beside `out` to fill, which becomes `out` at the end or goes away: an atomic write.
 
     Raises:
-        CheckpointError: `out` is not empty, lies within an input, or can't be written.
+        CheckpointError: `out` is not empty, lies within an input, can't be replaced, or can't be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there and not empty. Give a new folder.")
@@ -34,8 +35,10 @@ def new_folder(out: Path, inputs: Sequence[Path]) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".unfinished", dir=out.parent))
+        _check_replaceable(out, beside)
         yield beside
-        beside.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner only
+        with suppress(PermissionError):  # network disks without permissions
+            beside.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner only
         for folder in (beside, *(path for path in beside.rglob("*") if path.is_dir())):
             fsync(folder)
         os.rename(beside, out)  # over an empty folder too; fails if someone filled it meanwhile
@@ -48,6 +51,33 @@ def new_folder(out: Path, inputs: Sequence[Path]) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
+def _check_replaceable(out: Path, beside: Path) -> None:
+    """Say before the work that an empty folder `out` can't be replaced: a mount point can't, a bind mount neither."""
+    if not out.exists():
+        return
+    try:
+        os.rename(out, beside / "old")
+        os.rename(beside / "old", out)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} can not be replaced ({error.strerror}): it is a mount point or in use. Give a new folder inside it."
+        ) from error
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Refuse to write more than a disk has room for, if it tells: some network disks say 0 of 0.
+
+    Raises:
+        OSError: As writing would raise it.
+    """
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return
+    if 0 < free < size:
+        raise OSError(errno.ENOSPC, f"{size} bytes to write, {free} free")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -55,12 +85,26 @@ def _umask() -> int:
 
 
 def fsync(path: Path) -> None:
-    """Have a file, or what a folder holds, on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
+    """Have a file, or what a folder holds, on the disk before going on, where the disk can do that."""
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in CAN_NOT_SYNC and path.is_dir():
+            return
+        raise
+    try:
+        fsync_handle(handle)
     finally:
         os.close(handle)
+
+
+def fsync_handle(handle: int) -> None:
+    """`os.fsync`, where the disk can do that: CIFS and FUSE refuse it, for folders above all."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CAN_NOT_SYNC:
+            raise
 
 
 def write_all(stream: BinaryIO, memory: bytes | bytearray) -> None:
