@@ -12,8 +12,9 @@ from torch import Tensor
 from extraopt import ExtraAdam
 
 K, N = 3, 6
-PAPER: dict[str, Any] = {"extra_every": K, "extra_steps": N, "extra_beta": 0.0, "extra_gate": None}
-GATED: dict[str, Any] = {"extra_every": K, "extra_steps": N}
+# each jump is N steps long: these models' outputs are no distributions that a trust region could look at
+PAPER: dict[str, Any] = {"extra_every": K, "extra_steps": N, "extra_beta": 0.0, "extra_gate": None, "extra_kl": None}
+GATED: dict[str, Any] = {"extra_every": K, "extra_steps": N, "extra_kl": None}
 RULES = [PAPER, GATED]
 
 

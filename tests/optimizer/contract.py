@@ -26,7 +26,7 @@ Make = Callable[..., Optimizer]
 Check = Callable[[Make], None]
 
 EVERY, STEPS = 3, 15
-KNOBS: dict[str, Any] = {"extra_every": EVERY, "extra_steps": STEPS, "lr": 0.01}
+HYPERPARAMETERS: dict[str, Any] = {"extra_every": EVERY, "extra_steps": STEPS, "extra_kl": None, "lr": 0.01}
 SHAPES = ((4, 3), (5,), (), (0,))
 CHECKS: dict[str, Check] = {}
 
@@ -74,7 +74,7 @@ def assert_same(ours: Iterable[Tensor], theirs: Iterable[Tensor], what: str) -> 
 
 def assert_trained_as_if_new(make: Make, ours: Sequence[Tensor], theirs: Sequence[Tensor], what: str) -> None:
     """`ours`, trained for two cycles, are what a new optimizer makes of `theirs`."""
-    train(make(theirs, **KNOBS), theirs, range(2 * EVERY))
+    train(make(theirs, **HYPERPARAMETERS), theirs, range(2 * EVERY))
     assert_same(ours, theirs, what)
 
 
@@ -85,7 +85,7 @@ def through_a_file(value: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-def knob(optimizer: Optimizer, name: str, default: Any) -> Any:
+def hyperparameter(optimizer: Optimizer, name: str, default: Any) -> Any:
     return optimizer.param_groups[0].get(name, default)
 
 
@@ -93,17 +93,19 @@ def next_cycle(
     optimizer: Optimizer,
     weights: list[Tensor],
     anchors: list[Tensor],
-    drifts: list[Tensor],
+    estimates: list[Tensor],
+    taken: list[list[float]],
     every: int = EVERY,
-    seen: int = 0,
 ) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    """Weights and drifts after the end of a cycle, in float64, and the gates."""
-    beta = knob(optimizer, "extra_beta", 0.0)
-    beta = max(0.0, 1 - every / STEPS) if beta is None else beta
-    gate = knob(optimizer, "extra_gate", None)
-    momentum = knob(optimizer, "betas", (0.9,))[0]
-    rule = {"every": every, "steps": STEPS, "beta": beta, "gate": gate, "momentum": momentum, "seen": seen}
-    return reference.end_cycle(weights, anchors, drifts, **rule)
+    """Weights and estimates after the end of a cycle, in float64, and the gates; `taken` is written in place."""
+    beta = hyperparameter(optimizer, "extra_beta", 0.0)
+    gate = hyperparameter(optimizer, "extra_gate", None)
+    momentum = hyperparameter(optimizer, "betas", (0.9,))[0]
+    rule = {"every": every, "length": STEPS, "beta": beta, "gate": gate, "momentum": momentum}
+    *after, shares = reference.end_cycle(weights, anchors, estimates, taken, **rule)
+    for before, share in zip(taken, shares):
+        before.append(share)
+    return after[0], after[1], after[2]
 
 
 def spacing(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -211,11 +213,11 @@ def _train_scaled(
 def _check_skipped_steps(make: Make, fused: bool) -> None:
     steps = 2 * EVERY + 2
     plain = parameters()
-    _train_scaled(make(plain, fused=fused, **KNOBS), plain, steps, None)
+    _train_scaled(make(plain, fused=fused, **HYPERPARAMETERS), plain, steps, None)
     for reload in False, True:
         for at in range(steps):
             params = parameters()
-            _train_scaled(make(params, fused=fused, **KNOBS), params, steps, at, reload)
+            _train_scaled(make(params, fused=fused, **HYPERPARAMETERS), params, steps, at, reload)
             assert_same(params, plain, f"an overflow before step {at + 1}, {reload=}")
 
 
@@ -232,8 +234,8 @@ def a_step_skipped_inside_the_fused_kernel_does_not_count(make: Make) -> None:
 @contract
 def a_group_added_in_mid_run_has_its_own_phase(make: Make) -> None:
     ours, theirs = parameters(), parameters()
-    together = make(ours[:1], **KNOBS)
-    alone = [make(theirs[:1], **KNOBS), make(theirs[1:], **KNOBS)]
+    together = make(ours[:1], **HYPERPARAMETERS)
+    alone = [make(theirs[:1], **HYPERPARAMETERS), make(theirs[1:], **HYPERPARAMETERS)]
     train(together, ours, range(4))
     together.add_param_group({"params": ours[1:]})
     train(together, ours, range(4, 4 + 3 * EVERY))
@@ -245,8 +247,8 @@ def a_group_added_in_mid_run_has_its_own_phase(make: Make) -> None:
 @contract
 def a_parameter_unfrozen_in_mid_run_has_its_own_phase(make: Make) -> None:
     ours, theirs = parameters(), parameters()
-    together = make(ours, **KNOBS)
-    alone = [make(theirs[:1], **KNOBS), make(theirs[1:], **KNOBS)]
+    together = make(ours, **HYPERPARAMETERS)
+    alone = [make(theirs[:1], **HYPERPARAMETERS), make(theirs[1:], **HYPERPARAMETERS)]
     for step in range(4 + 3 * EVERY):
         give_gradients(ours, step)
         give_gradients(theirs, step)
@@ -264,8 +266,8 @@ def a_parameter_unfrozen_in_mid_run_has_its_own_phase(make: Make) -> None:
 def a_parameter_with_rare_gradients_has_its_own_phase(make: Make) -> None:
     """As an expert of a mixture has: a gradient every second step here."""
     ours, theirs = parameters(), parameters()
-    together = make(ours, **KNOBS)
-    alone = [make(theirs[:1], **KNOBS), make(theirs[1:], **KNOBS)]
+    together = make(ours, **HYPERPARAMETERS)
+    alone = [make(theirs[:1], **HYPERPARAMETERS), make(theirs[1:], **HYPERPARAMETERS)]
     for step in range(4 * EVERY - 1):
         give_gradients(ours, step)
         give_gradients(theirs, step)
@@ -282,8 +284,8 @@ def a_parameter_with_rare_gradients_has_its_own_phase(make: Make) -> None:
 @contract
 def parameters_that_take_turns_have_their_own_phases(make: Make) -> None:
     ours, theirs = parameters(), parameters()
-    together = make(ours[:2], **KNOBS)
-    alone = [make(theirs[:1], **KNOBS), make(theirs[1:2], **KNOBS)]
+    together = make(ours[:2], **HYPERPARAMETERS)
+    alone = [make(theirs[:1], **HYPERPARAMETERS), make(theirs[1:2], **HYPERPARAMETERS)]
     for step, turn in enumerate([0, 0, 1, 0, 1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0]):
         give_gradients(ours, step)
         give_gradients(theirs, step)
@@ -313,8 +315,8 @@ def _zero_3(optimizer: Optimizer, subgroups: list[list[Parameter]]) -> None:
 @contract
 def one_call_for_each_group_is_one_step(make: Make) -> None:
     ours, theirs = parameters(), parameters()
-    together = make([{"params": ours[:1]}, {"params": ours[1:]}], **KNOBS)
-    alone = [make(theirs[:1], **KNOBS), make(theirs[1:], **KNOBS)]
+    together = make([{"params": ours[:1]}, {"params": ours[1:]}], **HYPERPARAMETERS)
+    alone = [make(theirs[:1], **HYPERPARAMETERS), make(theirs[1:], **HYPERPARAMETERS)]
     for step in range(3 * EVERY):
         give_gradients(ours, step)
         give_gradients(theirs, step)
@@ -327,8 +329,8 @@ def one_call_for_each_group_is_one_step(make: Make) -> None:
 @contract
 def parameters_put_in_for_one_call_keep_their_cycle(make: Make) -> None:
     ours, theirs = parameters(), parameters()
-    together = make([{"params": ours[:1]}, {"params": ours[1:]}], **KNOBS)
-    alone = [make(theirs[:1], **KNOBS), make(theirs[1:], **KNOBS)]
+    together = make([{"params": ours[:1]}, {"params": ours[1:]}], **HYPERPARAMETERS)
+    alone = [make(theirs[:1], **HYPERPARAMETERS), make(theirs[1:], **HYPERPARAMETERS)]
     for group in together.param_groups:
         group["params"] = []
     for step in range(3 * EVERY):
@@ -341,12 +343,12 @@ def parameters_put_in_for_one_call_keep_their_cycle(make: Make) -> None:
 
 
 @contract
-def knobs_hold_for_one_group(make: Make) -> None:
+def hyperparameters_hold_for_one_group(make: Make) -> None:
     ours, jumping, plain = parameters(), parameters(), parameters()
-    optimizer = make([{"params": ours[:1]}, {"params": ours[1:], "extra_steps": 0}], **KNOBS)
+    optimizer = make([{"params": ours[:1]}, {"params": ours[1:], "extra_steps": 0}], **HYPERPARAMETERS)
     train(optimizer, ours, range(3 * EVERY))
-    train(make(jumping[:1], **KNOBS), jumping, range(3 * EVERY))
-    train(AdamW(plain[1:], lr=KNOBS["lr"]), plain, range(3 * EVERY))
+    train(make(jumping[:1], **HYPERPARAMETERS), jumping, range(3 * EVERY))
+    train(AdamW(plain[1:], lr=HYPERPARAMETERS["lr"]), plain, range(3 * EVERY))
     assert_same(ours[:1], jumping[:1], "the group that jumps")
     assert_same(ours[1:], plain[1:], "the group that does not")
 
@@ -357,7 +359,7 @@ def knobs_hold_for_one_group(make: Make) -> None:
 @contract
 def no_state_before_the_first_gradient(make: Make) -> None:
     params = parameters()
-    optimizer = make(params, **KNOBS)
+    optimizer = make(params, **HYPERPARAMETERS)
     assert not optimizer.state and not optimizer.state_dict()["state"]
     optimizer.zero_grad()
     optimizer.step()
@@ -368,7 +370,7 @@ def no_state_before_the_first_gradient(make: Make) -> None:
 def no_state_for_parameters_without_gradients(make: Make) -> None:
     params = parameters()
     params[1].requires_grad_(False)
-    optimizer = make(params, **KNOBS)
+    optimizer = make(params, **HYPERPARAMETERS)
     frozen = params[1].detach().clone()
     for step in range(2 * EVERY):
         give_gradients(params, step)
@@ -382,7 +384,7 @@ def no_state_for_parameters_without_gradients(make: Make) -> None:
 def parameters_replaced_before_the_first_step_are_the_ones_that_jump(make: Make) -> None:
     """What accelerate does under FSDP2: it builds the optimizer first and puts the sharded parameters in later."""
     ours, theirs = parameters(), parameters()
-    optimizer = make([torch.nn.Parameter(torch.empty(1)) for _ in ours], **KNOBS)
+    optimizer = make([torch.nn.Parameter(torch.empty(1)) for _ in ours], **HYPERPARAMETERS)
     optimizer.state_dict()
     optimizer.param_groups[0]["params"] = list(ours)
     optimizer.state_dict()
@@ -393,7 +395,7 @@ def parameters_replaced_before_the_first_step_are_the_ones_that_jump(make: Make)
 @contract
 def weights_loaded_before_the_first_step_are_the_anchor(make: Make) -> None:
     ours, theirs = parameters(), parameters()
-    optimizer = make(ours, **KNOBS)
+    optimizer = make(ours, **HYPERPARAMETERS)
     with torch.no_grad():
         for p, q in zip(ours, theirs):
             p.mul_(3)
@@ -405,7 +407,7 @@ def weights_loaded_before_the_first_step_are_the_anchor(make: Make) -> None:
 @contract
 def weights_written_by_the_first_closure_are_the_anchor(make: Make) -> None:
     ours, theirs = parameters(), parameters()
-    optimizer = make(ours, **KNOBS)
+    optimizer = make(ours, **HYPERPARAMETERS)
     calls = []
 
     def closure() -> Tensor:
@@ -441,7 +443,7 @@ def _layouts() -> list[Parameter]:
 @contract
 def state_has_the_form_of_its_parameter_from_step_1(make: Make) -> None:
     params = _layouts()
-    optimizer = make(params, **KNOBS)
+    optimizer = make(params, **HYPERPARAMETERS)
     train(optimizer, params, [0])
     keys = [set(optimizer.state[p]) for p in params]
     train(optimizer, params, range(1, 2 * EVERY + 1))
@@ -459,7 +461,7 @@ def state_has_the_form_of_its_parameter_from_step_1(make: Make) -> None:
 @contract
 def state_and_weights_are_written_in_place(make: Make) -> None:
     params = parameters()
-    optimizer = make(params, **KNOBS)
+    optimizer = make(params, **HYPERPARAMETERS)
     train(optimizer, params, [0])
 
     def addresses() -> list[tuple[int, int]]:
@@ -477,8 +479,8 @@ def layouts_and_complex_numbers_do_not_change_the_result(make: Make) -> None:
     odd = [p for p in _layouts() if p.dtype == torch.float32] + [Parameter(torch.randn(3, 2, dtype=torch.complex64))]
     plain = [Parameter((torch.view_as_real(p) if p.is_complex() else p).detach().contiguous().clone()) for p in odd]
     for foreach in False, True:
-        train(make(odd, foreach=foreach, **KNOBS), odd, range(3 * EVERY))
-        train(make(plain, foreach=foreach, **KNOBS), plain, range(3 * EVERY))
+        train(make(odd, foreach=foreach, **HYPERPARAMETERS), odd, range(3 * EVERY))
+        train(make(plain, foreach=foreach, **HYPERPARAMETERS), plain, range(3 * EVERY))
         real = [torch.view_as_real(p) if p.is_complex() else p for p in odd]
         assert_same(real, plain, "odd layouts")
 
@@ -491,14 +493,14 @@ def resume_is_bit_exact_at_every_offset(make: Make) -> None:
     total = 4 * EVERY
     for flags in {}, {"fused": True}, {"amsgrad": True, "foreach": True}:
         whole = parameters()
-        train(make(whole, **flags, **KNOBS), whole, range(total))
+        train(make(whole, **flags, **HYPERPARAMETERS), whole, range(total))
         for offset in range(2 * EVERY + 1):
             first = parameters()
-            optimizer = make(first, **flags, **KNOBS)
+            optimizer = make(first, **flags, **HYPERPARAMETERS)
             train(optimizer, first, range(offset))
             weights, state = through_a_file(([p.detach() for p in first], optimizer.state_dict()))
             second = clones(weights)
-            resumed = make(second, **flags, **KNOBS)
+            resumed = make(second, **flags, **HYPERPARAMETERS)
             resumed.load_state_dict(state)
             train(resumed, second, range(offset, total))
             assert_same(second, whole, f"resumed after step {offset} with {flags}")
@@ -507,8 +509,8 @@ def resume_is_bit_exact_at_every_offset(make: Make) -> None:
 @contract
 def going_back_to_a_checkpoint_forgets_what_came_after(make: Make) -> None:
     whole, params = parameters(), parameters()
-    train(make(whole, **KNOBS), whole, range(4 * EVERY))
-    optimizer = make(params, **KNOBS)
+    train(make(whole, **HYPERPARAMETERS), whole, range(4 * EVERY))
+    optimizer = make(params, **HYPERPARAMETERS)
     train(optimizer, params, range(EVERY + 1))
     weights, state = clones(params), copy.deepcopy(optimizer.state_dict())
     train(optimizer, params, range(EVERY + 1, 2 * EVERY))
@@ -524,36 +526,36 @@ def going_back_to_a_checkpoint_forgets_what_came_after(make: Make) -> None:
 def a_cleared_state_starts_anew(make: Make) -> None:
     """What restarts of the optimizer do (ReLoRA, curricula): empty `state` and go on with the same object."""
     ours = parameters()
-    optimizer = make(ours, **KNOBS)
+    optimizer = make(ours, **HYPERPARAMETERS)
     train(optimizer, ours, range(EVERY + 1))
     theirs = clones(ours)
     optimizer.state.clear()
     train(optimizer, ours, range(3 * EVERY))
-    train(make(theirs, **KNOBS), theirs, range(3 * EVERY))
+    train(make(theirs, **HYPERPARAMETERS), theirs, range(3 * EVERY))
     assert_same(ours, theirs, "after state.clear()")
 
 
 @contract
-def knobs_come_from_the_checkpoint(make: Make) -> None:
+def hyperparameters_come_from_the_checkpoint(make: Make) -> None:
     whole, first = parameters(), parameters()
-    train(make(whole, **KNOBS), whole, range(4 * EVERY))
-    optimizer = make(first, **KNOBS)
+    train(make(whole, **HYPERPARAMETERS), whole, range(4 * EVERY))
+    optimizer = make(first, **HYPERPARAMETERS)
     train(optimizer, first, range(EVERY + 1))
     second = clones(first)
     resumed = make(second, extra_every=7, extra_steps=3)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(resumed, second, range(EVERY + 1, 4 * EVERY))
-    assert_same(second, whole, "resumed with other knobs in the constructor")
+    assert_same(second, whole, "resumed with other hyperparameters in the constructor")
 
 
 @contract
 def a_checkpoint_of_adamw_starts_a_new_cycle(make: Make) -> None:
     for steps in 2, EVERY, EVERY + 1:
         theirs = parameters()
-        adamw = AdamW(theirs, lr=KNOBS["lr"])
+        adamw = AdamW(theirs, lr=HYPERPARAMETERS["lr"])
         train(adamw, theirs, range(steps))
         ours = parameters()
-        optimizer = make(ours, **KNOBS)
+        optimizer = make(ours, **HYPERPARAMETERS)
         with torch.no_grad():
             for p, q in zip(ours, theirs):
                 p.copy_(q)
@@ -565,27 +567,39 @@ def a_checkpoint_of_adamw_starts_a_new_cycle(make: Make) -> None:
             assert_same(ours, theirs, f"before the first cycle ends, {steps} steps of AdamW loaded")
         train(adamw, theirs, [steps + EVERY - 1])
         train(optimizer, ours, [steps + EVERY - 1])
-        after, *_ = next_cycle(optimizer, [p.detach() for p in theirs], anchors, [torch.zeros_like(a) for a in anchors])
+        nothing, none = [torch.zeros_like(a) for a in anchors], [[] for _ in anchors]
+        after, *_ = next_cycle(optimizer, [p.detach() for p in theirs], anchors, nothing, none)
         for p, w in zip(ours, after):
             torch.testing.assert_close(p.detach().double(), w, rtol=1e-6, atol=1e-6)
+
+
+NOISE = {"extra_noise_cov", "extra_noise_var"}
+LOSSES: list[set[str]] = [
+    {"extra_anchor"},
+    {"extra_origin"},
+    {"extra_estimate"},
+    {"extra_anchor", "extra_estimate"},
+    NOISE,
+    {"extra_anchor", "extra_origin", "extra_estimate", *NOISE},
+]
 
 
 @contract
 def a_checkpoint_without_some_keys_still_loads(make: Make) -> None:
     """Converters (DeepSpeed's universal checkpoint) keep the keys of Adam and may lose any other."""
-    for lost in {"extra_anchor"}, {"extra_origin"}, {"extra_drift"}, {"extra_anchor", "extra_drift"}:
+    for lost in LOSSES:
         params = parameters()
-        optimizer = make(params, **KNOBS)
+        optimizer = make(params, **HYPERPARAMETERS)
         train(optimizer, params, range(EVERY + 1))
         state = copy.deepcopy(optimizer.state_dict())
         for entry in state["state"].values():
             for key in lost:
                 entry.pop(key, None)
         ours, theirs = clones(params), clones(params)
-        resumed, adamw = make(ours, **KNOBS), AdamW(theirs)
+        resumed, adamw = make(ours, **HYPERPARAMETERS), AdamW(theirs)
         resumed.load_state_dict(state)
         adamw.load_state_dict(copy.deepcopy(state))
-        if lost == {"extra_drift"}:
+        if lost <= {"extra_estimate", *NOISE}:
             train(resumed, ours, range(EVERY + 1, 3 * EVERY))
             continue
         for step in range(EVERY + 1, 2 * EVERY):
@@ -598,7 +612,7 @@ def a_checkpoint_without_some_keys_still_loads(make: Make) -> None:
 def adamw_loads_its_checkpoint(make: Make) -> None:
     """Going back is possible at any time: AdamW ignores what it does not know."""
     ours = parameters()
-    optimizer = make(ours, **KNOBS)
+    optimizer = make(ours, **HYPERPARAMETERS)
     train(optimizer, ours, range(EVERY + 1))
     theirs = clones(ours)
     adamw = AdamW(theirs)
@@ -613,10 +627,10 @@ def optimizers_that_loaded_one_state_dict_do_not_share_anchors(make: Make) -> No
     """torch's own load keeps the tensors of the dict that it is given. An anchor written by two optimizers is wrong in
     both, so it must be copied; AdamW's own entries stay as torch has them."""
     ours = parameters()
-    optimizer = make(ours, **KNOBS)
+    optimizer = make(ours, **HYPERPARAMETERS)
     train(optimizer, ours, range(EVERY + 1))
     theirs = clones(ours)
-    second = make(theirs, **KNOBS)
+    second = make(theirs, **HYPERPARAMETERS)
     second.load_state_dict(optimizer.state_dict())
 
     def extra(o: Optimizer, params: list[Parameter]) -> list[tuple[str, Tensor]]:
@@ -632,7 +646,7 @@ def copies_go_on_in_lockstep(make: Make) -> None:
     for flags in {}, {"fused": True}:
         for offset in 0, 1, EVERY, EVERY + 1:
             params = parameters()
-            optimizer = make(params, **flags, **KNOBS)
+            optimizer = make(params, **flags, **HYPERPARAMETERS)
             train(optimizer, params, range(offset))
             duplicates = [copy.deepcopy((params, optimizer)), pickle.loads(pickle.dumps((params, optimizer)))]
             train(optimizer, params, range(offset, 4 * EVERY))
@@ -644,7 +658,7 @@ def copies_go_on_in_lockstep(make: Make) -> None:
 @contract
 def copies_keep_the_fused_scaler_path(make: Make) -> None:
     params = parameters()
-    optimizer = make(params, fused=True, **KNOBS)
+    optimizer = make(params, fused=True, **HYPERPARAMETERS)
     for other in copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer)):
         assert getattr(other, "_step_supports_amp_scaling", False)
 
@@ -657,7 +671,7 @@ def hooks_fire_once_and_in_order(make: Make) -> None:
     params = parameters()
     AdamW(parameters())  # an AdamW made in the same process gives the class's own step its hooks
     SGD(parameters(), 0.1)
-    optimizer = make(params, **KNOBS)
+    optimizer = make(params, **HYPERPARAMETERS)
     fired: list[int] = []
     handles = [
         register_optimizer_step_pre_hook(lambda *_: fired.append(0)),
@@ -677,7 +691,7 @@ def hooks_fire_once_and_in_order(make: Make) -> None:
 def post_hooks_see_the_weights_after_the_jump(make: Make) -> None:
     params = parameters()
     AdamW(parameters())
-    optimizer = make(params, **KNOBS)
+    optimizer = make(params, **HYPERPARAMETERS)
     seen: list[list[Tensor]] = []
     optimizer.register_step_post_hook(lambda *_: seen.append([p.detach().clone() for p in params]))
     for step in range(3 * EVERY):
@@ -703,7 +717,7 @@ SCHEDULERS: list[Callable[[Optimizer], Any]] = [
 def schedulers_wrap_the_step(make: Make) -> None:
     for scheduled in SCHEDULERS:
         ours, theirs = parameters(), parameters()
-        optimizer, by_hand = make(ours, **KNOBS), make(theirs, **KNOBS)
+        optimizer, by_hand = make(ours, **HYPERPARAMETERS), make(theirs, **HYPERPARAMETERS)
         scheduler = scheduled(optimizer)
         for step in range(3 * EVERY):
             for key in "lr", "betas":
@@ -726,16 +740,16 @@ def _check_the_rule(make: Make, dtype: torch.dtype, every: int) -> None:
         [{"params": params[:1]}, {"params": params[1:]}],
         betas=(0.2, 0.9),  # little momentum and much noise: drifts that agree somewhat
         eps=1e-3,
-        **{**KNOBS, "extra_every": every},
+        **{**HYPERPARAMETERS, "extra_every": every},
     )
-    anchors, gates = clones(params), set[float]()
+    anchors, gates, taken = clones(params), set[float](), [list[float]() for _ in params]
     for step in range(5 * every):
         cycle = step // every
         plain = clones(params)
         optimizer.param_groups[1]["lr"] = 0.0 if cycle == 2 else 0.03
         adamw = AdamW([{"params": plain[:1]}, {"params": plain[1:]}])
         adamw.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        drifts = [optimizer.state[p].get("extra_drift", torch.zeros_like(p)).clone() for p in params]
+        drifts = [optimizer.state[p].get("extra_estimate", torch.zeros_like(p)).clone() for p in params]
         for o, own in (adamw, plain), (optimizer, params):
             give_gradients(own, step, noise=2.0)
             if cycle == 0:
@@ -744,19 +758,29 @@ def _check_the_rule(make: Make, dtype: torch.dtype, every: int) -> None:
         if (step + 1) % every:
             assert_same(params, plain, f"{dtype}: step {step + 1} ends no cycle")
             continue
-        before = zip(plain, anchors, drifts, (cycle, cycle, max(0, cycle - 1)), strict=True)
-        ends = [next_cycle(optimizer, [e], [a], [v], every, seen) for e, a, v, seen in before]
-        after, drifts, opened = ([t for end in ends for t in end[i]] for i in range(3))
+        here = [i for i in range(len(params)) if cycle or i != 2]
+        before = ([ts[i] for i in here] for ts in (plain, anchors, drifts, taken))
+        ends = [next_cycle(optimizer, [e], [a], [v], [w], every) for e, a, v, w in zip(*before, strict=True)]
+        after, estimates, opened = ([t for end in ends for t in end[i]] for i in range(3))
         unit = torch.float64 if dtype == torch.float64 else torch.float32
-        for p, w, e, a, v, g in zip(params, after, plain, anchors, drifts, opened):
+        for i, w, nv, g in zip(here, after, estimates, opened, strict=True):
+            p, e, a, v = params[i], plain[i], anchors[i], drifts[i]
+            ratio, terms, stored = g * STEPS / every, e.double().abs() + a.double().abs() + v.abs(), 0.0
+            estimate = optimizer.state[p].get("extra_estimate")
+            if estimate is not None:
+                error = (estimate.double() - nv).abs()
+                allowed = 0.5 * spacing(nv, dtype) + 4 * spacing(terms, unit)
+                assert bool((error <= allowed).all()), f"{dtype}: an estimate {error.max()} off at step {step + 1}"
+                # what is jumped from, and by, is stored first
+                stored = 0.5 * spacing(w - ratio * nv, dtype)
+                w = w + ratio * (estimate.double() - nv)
             # half a spacing of the result where it is stored, and a few of the unit that it is computed in
-            size = w.abs() + (1 + g * STEPS / every) * (e.double().abs() + a.double().abs() + v.abs())
-            allowed = 0.5 * spacing(w, dtype) + 4 * spacing(size, unit)
+            allowed = 0.5 * spacing(w, dtype) + 4 * spacing(w.abs() + (1 + ratio) * terms, unit) + stored
             error = (p.double() - w).abs()
             assert bool((error <= allowed).all()), f"{dtype}: {error.max()} off at step {step + 1}"
         anchors = clones(params)
         gates.update(opened)
-    if knob(optimizer, "extra_gate", None) is not None:
+    if hyperparameter(optimizer, "extra_gate", None) is not None:
         assert any(0 < gate < 1 for gate in gates), f"{dtype}: gates that are open or shut do not tell rules apart"
     assert any(gates), f"{dtype}: no jump"
 
@@ -773,7 +797,9 @@ def weights_follow_the_rule_within_one_rounding(make: Make) -> None:
 def a_jump_that_could_overflow_is_refused(make: Make) -> None:
     for dtype, near_the_end in (torch.float16, 5e4), (torch.bfloat16, 3e38), (torch.float32, 3e38):
         params = [Parameter(torch.full((4,), near_the_end, dtype=dtype)), *parameters(dtype, [(4,)])]
-        optimizer = make(params, **{**KNOBS, "extra_steps": 1000, "lr": near_the_end / 100, "weight_decay": 0.0})
+        optimizer = make(
+            params, **{**HYPERPARAMETERS, "extra_steps": 1000, "lr": near_the_end / 100, "weight_decay": 0.0}
+        )
         warned = False
         for _ in range(3 * EVERY):
             for p in params:
@@ -789,7 +815,7 @@ def a_jump_that_could_overflow_is_refused(make: Make) -> None:
 @contract
 def nan_in_one_tensor_leaves_the_others_alone(make: Make) -> None:
     ours, theirs = parameters(), parameters()
-    optimizer, without = make(ours, **KNOBS), make([theirs[0], *theirs[2:]], **KNOBS)
+    optimizer, without = make(ours, **HYPERPARAMETERS), make([theirs[0], *theirs[2:]], **HYPERPARAMETERS)
     warned: list[int] = []
     for step in range(4 * EVERY):
         give_gradients(ours, step)
@@ -810,7 +836,7 @@ def nan_in_one_tensor_leaves_the_others_alone(make: Make) -> None:
 @contract
 def weights_repaired_after_a_refusal_are_no_drift(make: Make) -> None:
     params = parameters()
-    optimizer = make(params, **KNOBS)
+    optimizer = make(params, **HYPERPARAMETERS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         train(optimizer, params, range(2 * EVERY - 1))
@@ -821,5 +847,5 @@ def weights_repaired_after_a_refusal_are_no_drift(make: Make) -> None:
             params[0].fill_(100.0)
         train(optimizer, params, range(2 * EVERY, 5 * EVERY))
     # AdamW moves a weight by at most about lr a step, and each jump goes on for extra_steps of them
-    reach = 2 * KNOBS["lr"] * 3 * (EVERY + STEPS)
+    reach = 2 * HYPERPARAMETERS["lr"] * 3 * (EVERY + STEPS)
     assert float((params[0].detach() - 100).abs().max()) < reach

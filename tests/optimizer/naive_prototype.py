@@ -9,7 +9,9 @@ import torch
 class NaiveExtraAdam(torch.optim.AdamW):
     """AdamW's step, then the ungated jump: calls counted on the instance, anchors in a dict beside the state."""
 
-    def __init__(self, *args: Any, extra_every: int = 20, extra_steps: int = 100, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, extra_every: int = 20, extra_steps: int = 100, extra_kl: None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.every, self.horizon, self.calls = extra_every, extra_steps, 0
         self.anchors = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}

@@ -1,4 +1,4 @@
-"""Wrong knobs, wrong checkpoints, numbers gone bad: a clear error or a warning, weights untouched."""
+"""Wrong hyperparameters, wrong checkpoints, numbers gone bad: a clear error or a warning, weights untouched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from extraopt import ExtraAdam
 from extraopt.hyperparameters import DEFAULTS
 
-JUMPY = {"lr": 0.1, "extra_every": 3, "extra_steps": 6, "extra_beta": 0.0, "extra_gate": None}
+JUMPY = {"lr": 0.1, "extra_every": 3, "extra_steps": 6, "extra_beta": 0.0, "extra_gate": None, "extra_kl": None}
 
 
 def params(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -28,26 +28,29 @@ def run(optimizer: ExtraAdam, steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "knob, value, allowed",
+    "hyperparameter, value, allowed",
     [
         *[("extra_every", v, "an integer >= 1") for v in (0, -3, 2.5, "10", None, True, float("nan"))],
         *[("extra_steps", v, "an integer >= 0") for v in (-1, 0.5, None, False, "50", float("inf"))],
-        *[("extra_beta", v, "[0, 1)") for v in (1, 1.0, -0.1, float("nan"), "0.9", True, [0.9])],
+        *[("extra_beta", v, "[0, 1)") for v in (1, 1.0, -0.1, float("nan"), "0.9", True, [0.9], None)],
         *[("extra_gate", v, "(0, 1]") for v in (0, 0.0, -1, 1.5, float("nan"), "0.4", True)],
         *[("extra_start", v, "an integer >= 0") for v in (-1, 1.5, None)],
+        *[("extra_kl", v, "(0, inf)") for v in (0, 0.0, -1, float("nan"), float("inf"), "0.02", True)],
+        *[("extra_fall", v, "(0, inf]") for v in (0, -0.1, float("nan"), "0.3", False, None)],
+        *[("extra_watch", v, "True or False") for v in (1, 0, None, "yes", object)],
         *[("extra_offload", v, "True or False") for v in (1, 0, None, "yes")],
     ],
 )
-def test_a_knob_out_of_range_names_itself_its_value_and_what_is_allowed(knob, value, allowed):
+def test_a_hyperparameter_out_of_range_names_itself_its_value_and_what_is_allowed(hyperparameter, value, allowed):
     makers = [
-        lambda: ExtraAdam(params(), **{knob: value}),
-        lambda: ExtraAdam([{"params": params(), knob: value}]),
-        lambda: ExtraAdam(params()).add_param_group({"params": params(), knob: value}),
+        lambda: ExtraAdam(params(), **{hyperparameter: value}),
+        lambda: ExtraAdam([{"params": params(), hyperparameter: value}]),
+        lambda: ExtraAdam(params()).add_param_group({"params": params(), hyperparameter: value}),
     ]
     for make in makers:
         with pytest.raises(ValueError) as error:
             make()
-        assert all(text in str(error.value) for text in (knob, repr(value), allowed))
+        assert all(text in str(error.value) for text in (hyperparameter, repr(value), allowed))
 
 
 def test_a_refused_group_is_not_added():
@@ -57,13 +60,15 @@ def test_a_refused_group_is_not_added():
     assert len(optimizer.param_groups) == 1
 
 
-def test_numpy_knobs_become_plain_numbers():
+def test_numpy_hyperparameters_become_plain_numbers():
     optimizer = ExtraAdam(
         params(),
         extra_every=np.int64(3),
         extra_steps=np.int32(6),
         extra_beta=np.float32(0.5),
         extra_gate=np.float64(0.4),
+        extra_kl=np.float32(0.01),
+        extra_fall=np.float64("inf"),
     )
     types = {key: type(optimizer.param_groups[0][key]) for key in DEFAULTS}
     assert types == {
@@ -72,18 +77,21 @@ def test_numpy_knobs_become_plain_numbers():
         "extra_beta": float,
         "extra_gate": float,
         "extra_start": int,
+        "extra_kl": float,
+        "extra_fall": float,
+        "extra_watch": bool,
         "extra_offload": bool,
     }
 
 
-def test_a_wrong_knob_in_a_checkpoint_is_refused():
+def test_a_wrong_hyperparameter_in_a_checkpoint_is_refused():
     state = ExtraAdam(params()).state_dict()
     state["param_groups"][0]["extra_every"] = 0
     with pytest.raises(ValueError, match="extra_every"):
         ExtraAdam(params()).load_state_dict(state)
 
 
-@pytest.mark.parametrize("key", ["extra_anchor", "extra_drift"])
+@pytest.mark.parametrize("key", ["extra_anchor", "extra_estimate"])
 def test_a_checkpoint_whose_anchor_has_another_shape_is_refused(key):
     optimizer = ExtraAdam(params((3,), (2, 2)))
     run(optimizer, 2)
@@ -117,7 +125,7 @@ def test_empty_groups_and_groups_without_gradients_do_nothing():
 
 @pytest.mark.parametrize("gate", [None, 0.4])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["weight", "extra_anchor", "extra_drift"])
+@pytest.mark.parametrize("where", ["weight", "extra_anchor", "extra_estimate"])
 def test_one_tensor_gone_bad_does_not_jump_and_the_others_do(where, bad, gate):
     sick, well = params((3,), (4,))
     optimizer = ExtraAdam([sick, well], **{**JUMPY, "extra_beta": 0.5, "extra_gate": gate})
@@ -133,7 +141,7 @@ def test_one_tensor_gone_bad_does_not_jump_and_the_others_do(where, bad, gate):
     assert optimizer.last_jump.jumped == 1 and optimizer.last_jump.refused == 1
     assert torch.equal(sick.nan_to_num(), sick_copy.nan_to_num())  # exactly where AdamW left it
     assert torch.equal(optimizer.state[sick]["extra_anchor"].nan_to_num(), sick.nan_to_num())
-    assert well.isfinite().all() and optimizer.state[sick]["extra_drift"].isfinite().all()
+    assert well.isfinite().all() and optimizer.state[sick]["extra_estimate"].isfinite().all()
     if where != "weight":  # the next cycles are sound again
         with warnings.catch_warnings():
             warnings.simplefilter("error")

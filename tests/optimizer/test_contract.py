@@ -11,7 +11,7 @@ from torch.optim import AdamW
 
 pytest.register_assert_rewrite("contract")
 
-from contract import CHECKS, EVERY, KNOBS, Make, assert_same, parameters, train  # noqa: E402
+from contract import CHECKS, EVERY, HYPERPARAMETERS, Make, assert_same, parameters, train  # noqa: E402
 from naive_prototype import NaiveExtraAdam  # noqa: E402
 
 from extraopt import ExtraAdam  # noqa: E402
@@ -43,8 +43,8 @@ THE_PROTOTYPE_BREAKS = {
     "going_back_to_a_checkpoint_forgets_what_came_after",
     "has_the_signature_of_adamw",
     "hooks_fire_once_and_in_order",
-    "knobs_come_from_the_checkpoint",
-    "knobs_hold_for_one_group",
+    "hyperparameters_come_from_the_checkpoint",
+    "hyperparameters_hold_for_one_group",
     "nan_in_one_tensor_leaves_the_others_alone",
     "one_call_for_each_group_is_one_step",
     "parameters_put_in_for_one_call_keep_their_cycle",
@@ -75,7 +75,7 @@ def test_the_naive_prototype_breaks(check: str) -> None:
 
 
 @pytest.mark.parametrize("hooked", [False, True])
-def test_knobs_that_a_checkpoint_lacks_stay_those_of_each_group(hooked: bool) -> None:
+def test_hyperparameters_that_a_checkpoint_lacks_stay_those_of_each_group(hooked: bool) -> None:
     params = parameters()
     state = AdamW([{"params": params[:1]}, {"params": params[1:]}]).state_dict()
     optimizer = ExtraAdam([{"params": params[:1], "extra_every": 7}, {"params": params[1:], "extra_gate": None}])
@@ -88,7 +88,7 @@ def test_knobs_that_a_checkpoint_lacks_stay_those_of_each_group(hooked: bool) ->
 
 def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing() -> None:
     params, others = parameters(), [Parameter(torch.ones(2, 2)) for _ in parameters()]
-    optimizer, other = ExtraAdam(params, **KNOBS), ExtraAdam(others, **KNOBS)
+    optimizer, other = ExtraAdam(params, **HYPERPARAMETERS), ExtraAdam(others, **HYPERPARAMETERS)
     train(optimizer, params, range(EVERY + 1))
     train(other, others, range(EVERY + 1))
     twin, twin_optimizer = copy.deepcopy((params, optimizer))

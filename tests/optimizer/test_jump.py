@@ -9,13 +9,13 @@ import torch
 
 from extraopt import ExtraAdam, JumpReport
 
-PAPER = {"extra_every": 5, "extra_steps": 20, "extra_beta": 0.0, "extra_gate": None}
+PAPER = {"extra_every": 5, "extra_steps": 20, "extra_beta": 0.0, "extra_gate": None}  # and extra_kl=None, as below
 
 
-def model(*shapes: tuple[int, ...], seed: int = 0, **knobs):
+def model(*shapes: tuple[int, ...], seed: int = 0, **hyperparameters):
     g = torch.Generator().manual_seed(seed)
     params = [torch.nn.Parameter(torch.randn(s, generator=g)) for s in shapes or [(4, 3), (5,)]]
-    return params, ExtraAdam(params, lr=0.01, **knobs)
+    return params, ExtraAdam(params, lr=0.01, **{"extra_kl": None, **hyperparameters})
 
 
 def run(params, optimizer, steps: int) -> list[int]:
@@ -95,10 +95,10 @@ def test_jump_twice_or_at_the_end_of_a_cycle_does_nothing():
     assert optimizer.jump() is None  # before the first step
     run(params, optimizer, 5)
     weights = [p.detach().clone() for p in params]
-    drifts = [optimizer.state[p]["extra_drift"].clone() for p in params]
+    drifts = [optimizer.state[p]["extra_estimate"].clone() for p in params]
     assert optimizer.jump() is None
     assert all(torch.equal(p, w) for p, w in zip(params, weights))
-    assert all(torch.equal(optimizer.state[p]["extra_drift"], v) for p, v in zip(params, drifts))
+    assert all(torch.equal(optimizer.state[p]["extra_estimate"], v) for p, v in zip(params, drifts))
     assert run(params, optimizer, 5) == [10]
 
 
@@ -163,9 +163,9 @@ def test_a_horizon_set_to_zero_and_back_jumps_one_cycle_far():
 
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_state_costs_two_copies_one_without_an_estimate_none_without_a_horizon(dtype, size):
-    for knobs, copies in (({}, 2), ({"extra_beta": 0.0}, 2), (PAPER, 1), ({"extra_steps": 0}, 0)):
+    for hyperparameters, copies in (({}, 2), ({"extra_beta": 0.0}, 2), (PAPER, 1), ({"extra_steps": 0}, 0)):
         p = torch.nn.Parameter(torch.ones(64, 8, dtype=dtype))
-        optimizer = ExtraAdam([p], lr=0.01, **knobs)
+        optimizer = ExtraAdam([p], lr=0.01, **{"extra_kl": None, **hyperparameters})
         run([p], optimizer, 11)
         state = [v for v in optimizer.state[p].values() if torch.is_tensor(v) and v.dim()]
         # AdamW's two moments, and ours; the 0-dim step counter is left out
@@ -186,7 +186,7 @@ def test_a_differentiable_step_passes_gradients_through_the_jump():
     p = start * 1.0
     p.retain_grad()
     optimizer = ExtraAdam(
-        [p], lr=0.1, differentiable=True, extra_every=1, extra_steps=3, extra_gate=None, extra_beta=0.0
+        [p], lr=0.1, differentiable=True, extra_every=1, extra_steps=3, extra_gate=None, extra_beta=0.0, extra_kl=None
     )
     p.grad = torch.ones(3, dtype=torch.float64)
     optimizer.step()
@@ -201,7 +201,9 @@ def test_the_anchor_after_a_differentiable_jump_is_where_the_weights_landed():
     """To the last bit: a difference would be a part of the next drift."""
     g = torch.Generator().manual_seed(0)
     p = torch.randn(1000, generator=g, requires_grad=True) * 1.0
-    optimizer = ExtraAdam([p], lr=0.1, differentiable=True, extra_every=1, extra_steps=3, extra_gate=None)
+    optimizer = ExtraAdam(
+        [p], lr=0.1, differentiable=True, extra_every=1, extra_steps=3, extra_gate=None, extra_kl=None
+    )
     p.grad = torch.randn(1000, generator=g)
     optimizer.step()
     assert optimizer.last_jump.jumped == 1

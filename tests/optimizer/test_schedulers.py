@@ -22,9 +22,13 @@ pytestmark = pytest.mark.filterwarnings("error", "ignore:The epoch parameter in 
 class Scheduled:
     """A model, its optimizer and a scheduler, stepped as torch's documentation has it."""
 
-    def __init__(self, make: Callable[[Any], LRScheduler], lr: Any = 0.01, kind: Any = ExtraAdam, **knobs: Any) -> None:
+    def __init__(
+        self, make: Callable[[Any], LRScheduler], lr: Any = 0.01, kind: Any = ExtraAdam, **hyperparameters: Any
+    ) -> None:
         self.model = tiny_model()
-        self.optimizer = kind(self.model.parameters(), lr=lr.clone() if isinstance(lr, torch.Tensor) else lr, **knobs)
+        self.optimizer = kind(
+            self.model.parameters(), lr=lr.clone() if isinstance(lr, torch.Tensor) else lr, **hyperparameters
+        )
         self.scheduler = make(self.optimizer)
         self.lrs: list[float] = []  # of each step
         self.ends: list[int] = []  # steps that ended a cycle
@@ -113,11 +117,11 @@ def test_weights_move_after_a_schedule_has_ended_at_zero(rule: dict[str, Any]) -
 def test_a_group_that_its_schedule_holds_still_shifts_the_other() -> None:
     """As in gradual unfreezing by learning rates: two groups in one optimizer go as they would in two."""
     late, early = (lambda t: float(t >= 4)), (lambda t: 0.9**t)
-    knobs: list[dict[str, Any]] = [{**GATED, "lr": 0.02}, {**PAPER, "extra_every": 4, "lr": 0.01}]
+    hyperparameters: list[dict[str, Any]] = [{**GATED, "lr": 0.02}, {**PAPER, "extra_every": 4, "lr": 0.01}]
 
     def run(together: bool) -> tuple[torch.nn.Module, list[torch.optim.Optimizer]]:
         model = tiny_model()
-        groups = [{"params": list(model[i].parameters()), **options} for i, options in zip((0, 2), knobs)]
+        groups = [{"params": list(model[i].parameters()), **options} for i, options in zip((0, 2), hyperparameters)]
         optimizers = [ExtraAdam(groups)] if together else [ExtraAdam([group]) for group in groups]
         schedulers = (
             [LambdaLR(optimizers[0], [late, early])]
