@@ -109,7 +109,7 @@ HOSTILE = [
 ]  # fmt: skip
 KEYS = [
     "state", "param_groups", "params", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer",
-    "extra_anchor", "extra_drift", "extra_origin", "extra_step", "extra_ratio", "extra_scale", "extra_reports",
+    "extra_anchor", "extra_estimate", "extra_origin", "extra_step", "extra_ratio", "extra_length", "extra_noise_cov",
     "extra_every", "extra_steps", "extra_beta", "extra_gate", "extra_start", "lr", "betas", "momentum", "beta1", "eps",
     "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "train_mode",
     "param_names", "decoupled_weight_decay", 0, 1, 2, -1, None, 1.5,
@@ -184,10 +184,7 @@ def _trained(make: Callable[[list[Tensor], int], Any], kind: int, steps: int) ->
     optimizer = make(_weights(kind), kind)
     for _ in range(steps):
         _step(optimizer)
-    state = copy.deepcopy(optimizer.state_dict())
-    for group in state["param_groups"]:
-        group["extra_reports"] = list(group["extra_reports"])  # as some checkpoints give them back
-    return state
+    return copy.deepcopy(optimizer.state_dict())
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -235,8 +232,6 @@ def _load(
             for _ in range(4):
                 _step(optimizer)
             optimizer.jump()
-            with contextlib.suppress(RuntimeError):  # a rule without an estimate
-                optimizer.report(1.0)
             optimizer.reset_anchor()
             optimizer.state_dict()
         except Exception:
@@ -310,7 +305,7 @@ def _read_all(path: Path, *, facts: bool = False) -> None:
                 raise Finding(f"{info.nbytes} bytes in files of {size}")
             if opened.read(name).shape != info.shape or opened.resolve(name) != name:
                 raise Finding("a tensor is not as it was said to be")
-        read.check_same_family(opened, opened)
+        checkpoints.check_same_family(opened, opened)
         _ = opened.files, opened.shard_of(opened.names[0])
         if facts:
             _ = opened.model_facts
@@ -414,7 +409,7 @@ def log(data: bytes, folder: Path) -> None:
         _summarize(folder / name, page=page)
 
 
-LOGGED = ["step", "extra/gate", "extra/taken_back", "loss", "reward", "eval_loss", "learning_rate", "extra/coherence",
+LOGGED = ["step", "extra/gate", "extra/length", "loss", "reward", "eval_loss", "learning_rate", "extra/coherence",
           "extra/drift_norm", "extra/jumped", "extra/refused", "train_runtime", "eval_<b>"]  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..extrapolation import averaging
 from ..gate import momentum_coherence
 from .checkpoints import CheckpointError
 from .plots import BLUE, GREEN, GREY, RED
@@ -25,7 +24,7 @@ from .report import MOST_MARKS, Ends, Row, Run, ends, value_or_0
 
 INK, MOST_METRICS, MOST_LINES, FEW = "#1f2937", 5, 40, 50
 COLORS = {INK: "ink", GREY: "soft", BLUE: "line", GREEN: "jump", RED: "warn"}  # drawn in these, shown as CSS variables
-COLUMNS = ("gate", "coherence", "drift_norm", "jumped", "refused", "taken_back")
+COLUMNS = ("length", "gate", "coherence", "drift_norm", "jumped", "refused")
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#1f2937;--soft:#5b6472;--line:#0072b2;--jump:#008a64;--warn:#b8480a;
 --rule:#d5d9e0}
@@ -42,7 +41,7 @@ svg{display:block;width:100%;height:auto}svg *{stroke-linejoin:round}section{mar
 .key{margin-bottom:1rem}
 .key span{display:inline-block;margin-right:1.2rem}.key i{display:inline-block;height:1em;vertical-align:-.15em;
 margin-right:.4em;border-left:3px solid var(--jump)}.key .r{border-left:3px dotted var(--warn)}
-.key .b{border-left:3px dashed var(--warn)}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;
 font-variant-numeric:tabular-nums;overflow-wrap:normal}td,th{padding:.2rem .8rem .2rem 0;text-align:right;
 border-bottom:1px solid var(--rule);white-space:nowrap}
 td:first-child,th:first-child{text-align:left}summary{cursor:pointer}
@@ -102,22 +101,23 @@ def _curve(axes: Axes, run: Run, found: list[Ends], key: str, window: int, effec
             axes.axvspan(start, start + e.ahead, color=GREEN, alpha=0.1 + 0.35 * gate, linewidth=0)
         elif value_or_0(e.row, "extra/jumped") > 0:
             axes.axvline(start, ymax=top, color=GREEN, alpha=0.2 + 0.7 * gate, linewidth=1.2)
-    for what, style in (("refused", ":"), ("taken_back", "--")):
-        marked = [row for row in run.rows if value_or_0(row, f"extra/{what}") > 0]
-        for row in marked[:: 1 + len(marked) // MOST_MARKS]:
-            axes.axvline(at[row["step"]], color=RED, linestyle=style, linewidth=1.4)
+    marked = [row for row in run.rows if value_or_0(row, "extra/refused") > 0]
+    for row in marked[:: 1 + len(marked) // MOST_MARKS]:
+        axes.axvline(at[row["step"]], color=RED, linestyle=":", linewidth=1.4)
 
 
 def _levels(axes: Axes, run: Run, found: list[Ends]) -> None:
-    """Coherence, and where the gates begin to open and are open, which follows from the knobs."""
+    """Coherence, and where the gates begin to open and are open, which follows from the hyperparameters."""
     axes.axhline(0, color=GREY, linewidth=0.8)
-    if run.knobs and run.knobs["extra_gate"] is not None and found:
-        every, gate = run.knobs["extra_every"], run.knobs["extra_gate"]
-        beta = averaging(every, run.knobs["extra_steps"], run.knobs["extra_beta"])
+    if run.hyperparameters and run.hyperparameters["extra_gate"] is not None and found:
+        every, gate = run.hyperparameters["extra_every"], run.hyperparameters["extra_gate"]
+        beta = run.hyperparameters["extra_beta"]
         most = min(10_000, math.ceil(10 / (1 - beta)))  # drifts beyond these change nothing
         some = found if len(found) <= FEW * 10 else [*found[:: len(found) // (FEW * 10) + 1], found[-1]]
         steps = [e.row["step"] for e in some]
-        low = [momentum_coherence(every, beta, run.knobs["momentum"], min(most, max(1, e.seen))) for e in some]
+        low = [
+            momentum_coherence(every, beta, run.hyperparameters["momentum"], min(most, max(1, e.seen))) for e in some
+        ]
         axes.plot(steps, low, color=GREY, linestyle="--", linewidth=1.3)
         axes.plot(steps, [c + gate * (1 - c) for c in low], color=GREEN, linestyle=":", linewidth=1.6)
     _series(axes, found, "coherence")
@@ -152,21 +152,21 @@ def _charts(run: Run, summary: dict[str, Any]) -> list[str]:
         curve = partial(_curve, run=run, found=found, key=key, window=of["window"])
         says = f"; bold: the mean of the last {of['window']}" if of["values"] >= FEW else ""
         add(escape(key), f"As logged, at real optimizer steps{says}.", partial(curve, effective=False))
-        if found and run.ahead is not None:
+        if summary["jumped_steps"] is not None:
             says = (
-                "The same values, at real steps plus those jumped: gate times horizon, which grows with the cycles "
-                "seen. A band is as wide as its jump; one that was taken back has no width."
+                "The same values, at real steps plus those jumped: gate times the length that was chosen. A band is as "
+                "wide as its jump."
             )
             add(f"{escape(key)}, effective steps", says, partial(curve, effective=True), "effective step")
     if not found:
         return charts
     says = (
-        "How far the gates were open when a cycle ended, over all tensors: 0, nothing jumped; 1, all, as far as "
-        "the cycles seen allow. The first cycle has no estimate to compare with."
+        "How far the gates were open when a cycle ended, over all tensors: 0, nothing jumped; 1, all, by the length "
+        "that was chosen. The first cycle has no estimate to compare with."
     )
     add("Gate", says, partial(_gates, found=found))
-    levels = "Noise shows what momentum alone makes of it: 0.52 falling to 0.16 at the default knobs."
-    if run.knobs and run.knobs["extra_gate"] is not None:
+    levels = "Noise shows what momentum alone makes of it: by default 0.52 at first and about 0.2 later."
+    if run.hyperparameters and run.hyperparameters["extra_gate"] is not None:
         levels = "Dashed: what momentum alone would show, where a gate begins to open. Dotted: where it is fully open."
     says = "Cosine of a cycle's drift with the estimate before it, over all tensors: 1, straight on; below 0, back. "
     if summary["along"] is not None:
@@ -183,7 +183,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     of, facts = summary, [("steps", f"{summary['steps']:,}"), ("cycles ended", f"{summary['cycles']:,}")]
     facts += [("cycles with a jump", f"{of['jumps']:,}"), ("mean gate", number(of["mean_gate"], ".2f"))]
     facts += [("mean coherence", number(of["mean_coherence"], ".2f")), ("tensors refused", f"{of['refused']:,}")]
-    facts += [("jumps taken back", f"{of['taken_back']:,}")]
+    facts += [("mean length", number(of["mean_length"], ".1f"))]
     facts += [("effective steps", "unknown" if of["effective_steps"] is None else f"{of['effective_steps']:,.0f}")]
     for key, metric in _drawn(summary).items():
         change = f"{number(metric['first'], '.3g')} \u2192 {number(metric['last'], '.3g')}"
@@ -201,7 +201,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _cycles(found: list[Ends], rows: list[Row]) -> str:
     ahead = {e.row["step"]: e.ahead for e in found}
-    told = [row for row in rows if row["step"] in ahead or value_or_0(row, "extra/taken_back")]
+    told = [row for row in rows if row["step"] in ahead]
     lines = [
         [f"{row['step']:.0f}", *(number(row.get(f"extra/{key}")) for key in COLUMNS), number(ahead.get(row["step"])),
          number(row.get("learning_rate"))]
@@ -220,7 +220,7 @@ def _memory(summary: dict[str, Any]) -> str:
     lines = [[escape(key), f"{size:.2f}"] for key, size in kinds.items()] + [["all", f"{sum(kinds.values()):.2f}"]]
     says = (
         f"Bytes per parameter, of {summary['parameters']:,}, beside weights and gradients, in the checkpoint's "
-        "optimizer.pt. AdamW keeps exp_avg and exp_avg_sq; ExtraAdam adds extra_anchor and extra_drift."
+        "optimizer.pt. AdamW keeps exp_avg and exp_avg_sq; ExtraAdam adds extra_anchor and extra_estimate."
     )
     return f"<section><h2>The optimizer's memory</h2><p>{says}</p>{_table(['state', 'bytes'], lines)}</section>"
 
@@ -240,7 +240,7 @@ def html(run: Run, summary: dict[str, Any]) -> str:
     if left_out := [key for key in summary["metrics"] if key not in _drawn(summary)]:
         said.append(f'<p class="soft">Not drawn: {escape(", ".join(left_out[:20]))}.</p>')
     key = '<p class="key soft"><span><i></i>a jump; stronger: gate further open</span>'
-    key += '<span><i class="r"></i>tensors refused</span><span><i class="b"></i>a jump taken back</span></p>'
+    key += '<span><i class="r"></i>tensors refused</span></p>'
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -256,7 +256,7 @@ def html(run: Run, summary: dict[str, Any]) -> str:
 
 
 def write(page: str, out: Path) -> None:
-    """Write a page so that it is whole or not there at all; one that is there is replaced.
+    """Write a page, atomically; one that is there is replaced.
 
     Raises:
         CheckpointError: it can't be written.

@@ -102,7 +102,7 @@ def skill(report: dict[str, Any], path: Path) -> None:
             shown = [max(LOWEST, value) for value in y]
             left.plot(x, shown, color=color, marker=marker, ms=5, ls=style, lw=1.8, label=label, zorder=3)
     left.set(xlabel="horizon (optimizer steps ahead)", ylabel="skill")
-    left.set_title("Forecasts of held-out checkpoints\n1: perfect, 0: no better than standing still", fontsize=11)
+    left.set_title("Forecasts of held-out checkpoints\n1: perfect, 0: no better than persistence", fontsize=11)
     cut = [row["skill"][m] for row in rows for m in METHODS if row["skill"][m] is not None]
     left.set_ylim(max(LOWEST, min([-0.1, *cut])) - 0.06, 1.06)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))

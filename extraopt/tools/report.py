@@ -6,17 +6,15 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from ..gate import growth
 from ..hyperparameters import DEFAULTS, check_hyperparameters
 from ..mixin import momentum_of
-from ..rollback import GROW, SHRINK
 from .checkpoints import CheckpointError
 from .checkpoints.find import split_step
 from .checkpoints.safety import check_records
@@ -31,9 +29,9 @@ MOST_MARKS = 2000  # jumps drawn in a chart
 SPEEDS = ("_runtime", "_per_second", "_time")  # of an evaluation, not of the model
 CURE = (
     "The log has no extra/ keys, so it does not tell what the optimizer did. In a Trainer, call use_extra_adam() of "
-    "extraopt.integrations.transformers, or add ExtraCallback() to its callbacks. In your own loop, write gate, "
-    "coherence, drift_norm, jumped and refused of optimizer.last_jump as extra/gate and so on, at each step that ended "
-    "a cycle."
+    "extraopt.integrations.transformers, or add ExtraCallback() to its callbacks. In your own loop, write length, "
+    "gate, coherence, drift_norm, jumped and refused of optimizer.last_jump as extra/gate and so on, at each step that "
+    "ended a cycle."
 )
 
 
@@ -44,8 +42,8 @@ class Run:
     Attributes:
         name: of its folder or file.
         rows: one for each logged step, by step; a value that is no finite number is nan.
-        knobs: the optimizer's, and its "momentum"; None where no checkpoint tells, or its groups differ.
-        ahead: N, the horizon, from the knobs or from the user; None where neither tells.
+        hyperparameters: the optimizer's, and its "momentum"; None where no checkpoint tells, or its groups differ.
+        ahead: N, the horizon, from the hyperparameters or from the user; None where neither tells.
         memory: bytes per parameter of each kind of optimizer state; empty without a checkpoint's.
         parameters: with such a state.
         notes: what could not be read, in words.
@@ -53,7 +51,7 @@ class Run:
 
     name: str
     rows: list[Row]
-    knobs: dict[str, Any] | None = None
+    hyperparameters: dict[str, Any] | None = None
     ahead: float | None = None
     memory: tuple[tuple[str, float], ...] = ()
     parameters: int = 0
@@ -67,7 +65,7 @@ class Ends:
     Attributes:
         row: the log that tells of them.
         count: how many they are; 1 where k is not known.
-        ahead: steps jumped, gate times the horizon as grown by then, less what was taken back; None without a horizon.
+        ahead: steps jumped: gate times the length that was chosen, or times N where no length is logged; None without.
         seen: cycles before them.
     """
 
@@ -78,14 +76,14 @@ class Ends:
 
 
 def read_run(path: Path, *, ahead: float | None = None) -> Run:
-    """Read the logs of a run, and the optimizer's knobs and state from its newest checkpoint.
+    """Read the logs of a run, and the optimizer's hyperparameters and state from its newest checkpoint.
 
     Args:
         path: an output folder of a Trainer, one of its checkpoints, a folder with a ``log.jsonl``, or a file:
             ``trainer_state.json``, or JSON lines, each an object with "step" and any of "loss", "reward", "eval_...",
-            "learning_rate", "extra/gate", "extra/coherence", "extra/drift_norm", "extra/jumped", "extra/refused" and
-            "extra/taken_back". "extra/gate" stands where a cycle has ended, and only there. Lines of the same step are
-            put together.
+            "learning_rate", "extra/length", "extra/kl", "extra/fall", "extra/gate", "extra/coherence",
+            "extra/drift_norm", "extra/jumped" and "extra/refused". "extra/gate" stands where a cycle has ended, and
+            only there. Lines of the same step are put together.
         ahead: N, instead of the checkpoint's ``extra_steps``; >= 0.
 
     Raises:
@@ -111,18 +109,18 @@ def read_run(path: Path, *, ahead: float | None = None) -> Run:
         whole = "train_runtime" in entry  # the Trainer's last: averages of all training, not of a step
         for name, value in entry.items():
             key = printable(name)
-            if key == "extra/taken_back":  # the last log comes at a step that has one, and counts from it
-                row[key] = max(row.get(key, 0.0), _number(value))
-            elif key.startswith("extra/") or not whole and (key in PLAIN or key.startswith("eval_")):
+            if key.startswith("extra/") or not whole and (key in PLAIN or key.startswith("eval_")):
                 row[key] = _number(value)
     if not rows:
         raise CheckpointError(f"{log} has no log with a step.")
     name = (path if os.path.isdir(path) or log.name != "trainer_state.json" else folder).resolve().name
     state = next((f / "optimizer.pt" for f in folders if os.path.isfile(f / "optimizer.pt")), None)
-    knobs, memory, parameters, notes = _optimizer(state) if state else (None, (), 0, ())
-    if ahead is None and knobs:
-        ahead = knobs["extra_steps"]
-    return Run(printable(name), [rows[step] for step in sorted(rows)], knobs, ahead, memory, parameters, notes)
+    hyperparameters, memory, parameters, notes = _optimizer(state) if state else (None, (), 0, ())
+    if ahead is None and hyperparameters:
+        ahead = hyperparameters["extra_steps"]
+    return Run(
+        printable(name), [rows[step] for step in sorted(rows)], hyperparameters, ahead, memory, parameters, notes
+    )
 
 
 def printable(words: str) -> str:
@@ -171,7 +169,7 @@ def _entries(log: Path) -> list[dict[str, Any]]:
 
 
 def _optimizer(file: Path) -> tuple[dict[str, Any] | None, tuple[tuple[str, float], ...], int, tuple[str, ...]]:
-    """Knobs, bytes per parameter by kind of state, parameters, and notes. Reads no tensor's values."""
+    """Hyperparameters, bytes per parameter by kind of state, parameters, and notes. Reads no tensor's values."""
     where = f"{file.parent.name}/{file.name}"
     try:
         check_records(file)
@@ -188,22 +186,22 @@ def _optimizer(file: Path) -> tuple[dict[str, Any] | None, tuple[tuple[str, floa
         groups = [group for group in saved["param_groups"] if group["params"]]
         if not all(DEFAULTS.keys() <= group.keys() for group in groups):
             return None, memory, count, (f"{where} is not ExtraAdam's: it has no extra_every and extra_steps.",)
-        knobs = [{**check_hyperparameters(group), "momentum": momentum_of(group)} for group in groups]
+        hyperparameters = [{**check_hyperparameters(group), "momentum": momentum_of(group)} for group in groups]
     except Exception as error:  # whatever a broken or foreign pickle raises
-        return None, (), 0, (f"{where} can not be read ({type(error).__name__}): knobs and memory are left out.",)
-    if not knobs or any(other != knobs[0] for other in knobs):
-        return None, memory, count, (f"In {where} the parameter groups differ in their knobs, which are left out.",)
-    return knobs[0], memory, count, ()
-
-
-def _grown(seen: int, count: int, gate: float | None) -> float:
-    """The sum of `growth` over `count` cycles, which may be more than could be added up one by one."""
-    grown, i = 0.0, 0
-    while i < count:
-        alike = min(count - i, max(1, (seen + i) // 100))  # cycles over which it hardly changes
-        grown += alike * growth(seen + i + alike // 2, gate)
-        i += alike
-    return grown
+        return (
+            None,
+            (),
+            0,
+            (f"{where} can not be read ({type(error).__name__}): hyperparameters and memory are left out.",),
+        )
+    if not hyperparameters or any(other != hyperparameters[0] for other in hyperparameters):
+        return (
+            None,
+            memory,
+            count,
+            (f"In {where} the parameter groups differ in their hyperparameters, which are left out.",),
+        )
+    return hyperparameters[0], memory, count, ()
 
 
 def ends(run: Run) -> list[Ends]:
@@ -212,25 +210,15 @@ def ends(run: Run) -> list[Ends]:
     steps = [row["step"] for row in logs]
     gap = min((b - a for a, b in zip(steps, steps[1:])), default=math.inf)
     begun = max(0.0, steps[0] - gap) if steps else 0.0  # the log may begin in mid-run
-    every, gated = (run.knobs or {}).get("extra_every"), (run.knobs or DEFAULTS)["extra_gate"]
-    scale, seen, found = 1.0, int(begun // every) if every else 0, list[Ends]()
-    left, standing = 0, list[int]()  # jumps that could still be taken back, and what they are parts of
+    every = (run.hyperparameters or {}).get("extra_every")
+    seen, found = int(begun // every) if every else 0, list[Ends]()
     for row, last in zip(logs, [begun, *steps]):
-        for _ in range(int(min(value_or_0(row, "extra/taken_back"), left))):  # made before the cycles of this log
-            left, scale = left - 1, scale * SHRINK
-            while standing and not found[standing[-1]].ahead:
-                standing.pop()
-            if standing:
-                i = standing[-1]
-                found[i] = replace(found[i], ahead=(found[i].ahead or 0.0) * (1 - 1 / found[i].count))
         if "extra/gate" in row:
             count = max(1, int(row["step"] // every - last // every)) if every else 1
             gate = min(1.0, max(0.0, value_or_0(row, "extra/gate")))
-            ahead = None if run.ahead is None else gate * run.ahead * scale * _grown(seen, count, gated)
-            standing.append(len(found))
-            found.append(Ends(row, count, ahead, seen))
-            left += min(count, 100)
-            scale, seen = min(1.0, scale * GROW ** min(count, 100)), seen + count
+            length = max(0.0, value_or_0(row, "extra/length")) if "extra/length" in row else run.ahead
+            found.append(Ends(row, count, None if length is None else count * gate * length, seen))
+            seen += count
     return found
 
 
@@ -251,10 +239,10 @@ def summarize(run: Run) -> dict[str, Any]:
     Args:
         run: of :func:`read_run`.
     """
-    found, knobs = ends(run), run.knobs or {}
+    found, hyperparameters = ends(run), run.hyperparameters or {}
     # the first cycle has no estimate to compare with, unless the log begins later; before extra_start nothing may jump
     judged = [e.row for e in found if e.seen or any(value_or_0(e.row, f"extra/{k}") for k in ("gate", "coherence"))]
-    judged = [row for row in judged if row["step"] >= knobs.get("extra_start", 0)]
+    judged = [row for row in judged if row["step"] >= hyperparameters.get("extra_start", 0)]
     gates, cosines = (
         [row[f"extra/{key}"] for row in judged if math.isfinite(row.get(f"extra/{key}", math.nan))]
         for key in ("gate", "coherence")
@@ -273,7 +261,7 @@ def summarize(run: Run) -> dict[str, Any]:
             metrics[key] = {"first": _mean(finite[:n]), "last": _mean(finite[-n:]), "window": n, "values": len(finite)}
             metrics[key]["not_finite"] = len(values) - len(finite)
     steps = int(run.rows[-1]["step"])
-    jumped = None if run.ahead is None or not found else sum(e.ahead or 0.0 for e in found)
+    jumped = None if not found or any(e.ahead is None for e in found) else sum(e.ahead or 0.0 for e in found)
     summary: dict[str, Any] = {
         "run": run.name,
         "steps": steps,
@@ -282,27 +270,28 @@ def summarize(run: Run) -> dict[str, Any]:
         "mean_gate": _mean(gates),
         "mean_coherence": _mean(cosines),
         "along": _mean(max(0.0, min(1.0, cosine)) ** 2 for cosine in cosines),
-        **{
-            key: int(sum(max(0.0, value_or_0(row, f"extra/{key}")) for row in run.rows))
-            for key in ("refused", "taken_back")
-        },
+        "mean_length": _mean(max(0.0, value_or_0(e.row, "extra/length")) for e in found if "extra/length" in e.row),
+        "refused": int(sum(max(0.0, value_or_0(row, "extra/refused")) for row in run.rows)),
         "horizon": run.ahead,
         "jumped_steps": jumped,
         "effective_steps": None if jumped is None else steps + jumped,
         "metrics": metrics,
-        "knobs": run.knobs,
+        "hyperparameters": run.hyperparameters,
         "parameters": run.parameters,
         "bytes_per_parameter": dict(run.memory),
     }
     notes = list(run.notes)
     if any(e.count > 1 for e in found):
-        notes.append("Some logs cover several cycles: their gate and coherence are means, and they count as one jump.")
-    if found and run.ahead is None:
-        notes.append("The horizon N is not known (no optimizer.pt of ExtraAdam's; --steps-ahead gives it): "
+        notes.append(
+            "Some logs cover several cycles: their length, gate and coherence are means, and they count as one jump."
+        )
+    if any(e.ahead is None for e in found):
+        notes.append("How far it jumped is not known (no extra/length in the logs, no optimizer.pt of ExtraAdam's; "
+                     "--steps-ahead gives N): "
                      "effective steps are left out.")  # fmt: skip
     if len(found) > MOST_MARKS:
         notes.append(f"Of {len(found):,} logs of cycles the charts mark one in {1 + len(found) // MOST_MARKS}.")
-    if found and not run.knobs and any(b["step"] - a["step"] > 1 for a, b in zip(run.rows, run.rows[1:])):
+    if found and not run.hyperparameters and any(b["step"] - a["step"] > 1 for a, b in zip(run.rows, run.rows[1:])):
         notes.append("Logs are several steps apart and k is not known: each log of cycles counts as one cycle.")
     return {**summary, "notes": notes, "warnings": _warnings(summary), "verdict": _verdict(run, summary, gates)}
 
@@ -312,9 +301,6 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
     if count := summary["refused"]:
         said.append(f"Tensors were refused ({count} times one tensor): a weight, anchor or drift was not finite, or "
                     "the jump could have left its dtype's range. They stayed where AdamW put them.")  # fmt: skip
-    if count := summary["taken_back"]:
-        said.append(f"{count} jump{'s were' if count > 1 else ' was'} taken back, because the metric was worse after "
-                    "it by more than its noise. A shorter horizon (extra_steps) may suit this run better.")  # fmt: skip
     for key, of in summary["metrics"].items():
         if of["not_finite"]:
             said.append(f"Not finite and left out: {of['not_finite']} of the logged values of {key}.")
@@ -322,17 +308,17 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
 
 
 def _verdict(run: Run, summary: dict[str, Any], gates: list[float]) -> list[str]:
-    knobs, said = run.knobs or DEFAULTS, list[str]()
+    hyperparameters, said = run.hyperparameters or DEFAULTS, list[str]()
     gate = fmean(gates) if gates else 0.0
     if not any(key.startswith("extra/") for row in run.rows for key in row):
         said.append(CURE)
     elif not summary["cycles"]:
         said.append("No cycle ended within these logs.")
-    elif knobs["extra_steps"] == 0:
+    elif hyperparameters["extra_steps"] == 0:
         said.append("extra_steps is 0: this was AdamW.")
     elif not gates:
         said.append("No gate to judge by: with one, nothing jumps in the first cycle or before extra_start.")
-    elif knobs["extra_gate"] is None:
+    elif hyperparameters["extra_gate"] is None:
         said.append("The gate was switched off (extra_gate=None): cycles jump whether the path is straight or not.")
     elif gate < 0.05:
         said.append(f"Gates stayed mostly shut (mean {gate:.2f}): the drift of a cycle hardly agreed with the estimate "
@@ -343,7 +329,7 @@ def _verdict(run: Run, summary: dict[str, Any], gates: list[float]) -> list[str]
                     "others did not. As far as a gate is shut, ExtraAdam acts as Lookahead.")  # fmt: skip
     else:
         said.append(f"Gates were mostly open (mean {gate:.2f}): the path kept its direction from cycle to cycle, and "
-                    "most of the horizon was jumped.")  # fmt: skip
+                    "most of the chosen length was jumped.")  # fmt: skip
     if len(gates) >= 6:
         half = len(gates) // 2
         said.append(f"The mean gate was {fmean(gates[:half]):.2f} in the first half of the cycles and "

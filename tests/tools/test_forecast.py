@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraopt.gate import momentum_coherence
+from extraopt.kernels.reference import end_cycle
 from extraopt.tools.checkpoints.forecast import (
     METHODS,
     advise,
@@ -53,17 +53,15 @@ def by_hand(method: str, t: np.ndarray, w: np.ndarray, start: int, target: int) 
     if method == "damped":
         again = rates[-2] @ rates[-1] / (rates[-2] @ rates[-2])
         return w[start] + min(1.0, max(0.0, again)) * horizon * rates[-1]
-    gap = t[start] - t[start - 1]
-    beta = max(0.0, 1 - 1 / max(1, round(horizon / gap)))
-    estimate = np.zeros_like(w[0])  # as ExtraAdam averages, but for its start at zero
-    for rate in rates[:-1]:
-        estimate = beta * estimate + (1 - beta) * rate
-    norms = np.linalg.norm(estimate) * np.linalg.norm(rates[-1])
-    cosine = estimate @ rates[-1] / norms if norms else 0.0
-    estimate = (beta * estimate + (1 - beta) * rates[-1]) / (1 - beta ** len(rates))
-    floor = momentum_coherence(gap, beta, 0.9, len(rates) - 1)
-    openness = min(1.0, max(0.0, (cosine - floor) / (0.5 * (1 - floor))))
-    return w[start] + round(256 * openness) / 256 * horizon * estimate
+    every = int(t[start] - t[start - 1])
+    zeros = [torch.zeros(len(w[0]), dtype=torch.float64)]
+    estimate, taken, gate = zeros, list[float](), 0.0
+    for rate in rates:  # cycles of ExtraAdam's own reference, from weights that are 0 but for the drift
+        drift = [torch.from_numpy(rate)]
+        options = {"every": every, "length": 0.0, "beta": 0.9, "gate": 0.5, "momentum": 0.9}
+        _, estimate, (gate,), (share,) = end_cycle(drift, zeros, estimate, [taken], **options)
+        taken = [*taken, share]
+    return w[start] + gate * horizon * estimate[0].numpy()
 
 
 @pytest.mark.parametrize("steps", [EVEN, UNEVEN, [0.0, 3.0, 4.0, 9.0]], ids=["even", "uneven", "four"])
@@ -100,7 +98,7 @@ def test_the_straight_lines_advice_is_the_longest_jump_that_two_starts_confirm()
     assert advice and (advice.extra_every, advice.extra_steps, advice.starts) == (50, 500, 2)
 
 
-def test_a_walk_is_no_better_forecast_than_standing_still_and_gets_no_advice():
+def test_a_walk_is_no_better_forecast_than_by_persistence_and_gets_no_advice():
     gram = gram_of(walk(EVEN, 20_000))
     rows = forecast(EVEN, gram)
     for row in rows:
@@ -114,12 +112,12 @@ def test_a_walk_is_no_better_forecast_than_standing_still_and_gets_no_advice():
 
 @pytest.mark.parametrize("rho", [0.2, 0.5, 0.8])
 def test_drift_and_noise_break_even_where_the_theory_says(rho: float):
-    # k s^2 / (1 + k s^2) = rho is the cosine of consecutive drifts; a full jump beats standing still iff rho > 1/2
+    # k s^2 / (1 + k s^2) = rho is the cosine of consecutive drifts; a full jump beats persistence iff rho > 1/2
     drift = math.sqrt(rho / (1 - rho) / 50)
     gram = gram_of(walk(EVEN, 20_000, drift))
     assert np.mean(coherence(gram)) == pytest.approx(rho, abs=0.02)
     first = forecast(EVEN, gram)[0]
-    # errors: standing still rho + (1 - rho), the secant 2 (1 - rho), damped by rho: (1 - rho)(1 + rho)
+    # errors: persistence rho + (1 - rho), the secant 2 (1 - rho), damped by rho: (1 - rho)(1 + rho)
     assert first.skill["secant"] == pytest.approx(1 - 2 * (1 - rho), abs=0.03)
     assert first.skill["damped"] == pytest.approx(rho**2, abs=0.03)
 

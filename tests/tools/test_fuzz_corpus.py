@@ -1,4 +1,4 @@
-"""What others wrote and we read: replayed inputs of benchmarks/fuzz.py, the kinds of harm they did, and bombs."""
+"""What others wrote and we read: replayed inputs of benchmarks/fuzz.py, what harm they did, and resource exhaustion."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_the_replay_lets_an_undocumented_error_or_a_changed_optimizer_pass(fuzz:
 
 def trained(extra: bool, steps: int = 4) -> ExtraAdam | Extra:
     weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
-    knobs = {"extra_every": 3, "extra_steps": 6}
-    optimizer = Extra(torch.optim.AdamW(weights), **knobs) if extra else ExtraAdam(weights, **knobs)
+    options = {"extra_every": 3, "extra_steps": 6}
+    optimizer = Extra(torch.optim.AdamW(weights), **options) if extra else ExtraAdam(weights, **options)
     for _ in range(steps):
         step(optimizer)
     return optimizer
@@ -88,9 +88,8 @@ NO_STATES = {
     "an anchor that is a word": lambda state: state["state"][0].update(extra_anchor="abc"),
     "an origin after the last step": lambda state: state["state"][0].update(extra_origin=99),
     "an origin that is no integer": lambda state: state["state"][0].update(extra_origin=0.5),
-    "a scale that is not finite": lambda state: state["param_groups"][0].update(extra_scale=float("nan")),
-    "reports cut short": lambda state: state["param_groups"][0].update(extra_reports=(1.0, 2.0)),
-    "a knob without an end": lambda state: state["param_groups"][0].update(extra_every=10**400),
+    "a length that is not finite": lambda state: state["param_groups"][0].update(extra_length=float("nan")),
+    "a hyperparameter without an end": lambda state: state["param_groups"][0].update(extra_every=10**400),
     "a gate without an end": lambda state: state["param_groups"][0].update(extra_gate=10**400),
 }
 
@@ -109,9 +108,9 @@ def test_a_state_that_is_none_is_another_error_or_half_loaded(extra: bool, case:
     assert all(map(torch.equal, ours, theirs))
 
 
-@pytest.mark.parametrize("absent", ["extra_anchor", "extra_origin", "extra_drift"])
+@pytest.mark.parametrize("absent", ["extra_anchor", "extra_origin", "extra_estimate"])
 @pytest.mark.parametrize("extra", [False, True])
-def test_a_cycle_that_lacks_an_entry_breaks_jump_and_report(extra: bool, absent: str):
+def test_a_cycle_that_lacks_an_entry_breaks_jump(extra: bool, absent: str):
     state = copy.deepcopy(trained(extra).state_dict())
     for entries in state["state"].values():
         del entries[absent]
@@ -120,7 +119,6 @@ def test_a_cycle_that_lacks_an_entry_breaks_jump_and_report(extra: bool, absent:
     optimizer.load_state_dict(state)
     optimizer.jump()
     optimizer.reset_anchor()
-    optimizer.report(1.0)
     for _ in range(3):
         step(optimizer)
     assert optimizer.last_jump is not None
@@ -178,16 +176,16 @@ def test_an_eval_command_with_an_open_quote_is_a_traceback(tmp_path: Path):
     assert code == 2 and said.startswith("extraopt: ") and "quot" in said and len(said.splitlines()) == 1
 
 
-BOMBS = {
+EXHAUSTING = {
     "a huge line": (lambda: '{"step": 1, "loss": "' + "9" * 2**26 + '"}', "give a part of it"),
     "a million rows": (lambda: '{"step": 1, "loss": 1.5}\n' * 10**6, "give a part of it"),
     "nested": (lambda: '{"step": 1, "loss": ' + "[" * 10**6, "broken JSON"),
 }
 
 
-@pytest.mark.parametrize("kind", BOMBS)
+@pytest.mark.parametrize("kind", EXHAUSTING)
 def test_a_log_takes_memory_or_time_without_end(kind: str, tmp_path: Path):
-    made, says = BOMBS[kind]
+    made, says = EXHAUSTING[kind]
     (tmp_path / "log.jsonl").write_text(made())
     code, said = extraopt("report", tmp_path)
     assert code == 2 and says in said and len(said.splitlines()) == 1, said
@@ -214,11 +212,11 @@ def test_a_step_far_ahead_is_counted_cycle_by_cycle(tmp_path: Path):
     write_log(tmp_path, {"step": 3, "extra/gate": 1.0}, {"step": 3 * 10**15, "extra/gate": 1.0})
     far = summarize(read_run(tmp_path))
     assert near["cycles"] == 1000 and far["cycles"] == 10**15
-    assert near["jumped_steps"] < 6 * 1000 and far["jumped_steps"] == pytest.approx(6e15, rel=1e-3)
+    assert near["jumped_steps"] == pytest.approx(6e3) and far["jumped_steps"] == pytest.approx(6e15)
 
 
-def test_jumps_taken_back_without_end_are_searched_for_again_and_again(tmp_path: Path):
-    rows = [{"step": i, "extra/gate": 0.5, "extra/taken_back": 1e30, f"eval_{i}": 1.0} for i in range(1, 3001)]
+def test_as_many_metrics_as_rows_are_summed_up(tmp_path: Path):
+    rows = [{"step": i, "extra/gate": 0.5, f"eval_{i}": 1.0} for i in range(1, 3001)]
     write_log(tmp_path, *rows)
-    summary = summarize(read_run(tmp_path, ahead=20))  # also as many metrics as rows
+    summary = summarize(read_run(tmp_path, ahead=20))
     assert summary["cycles"] == 3000 and len(summary["metrics"]) == 3000

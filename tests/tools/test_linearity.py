@@ -339,7 +339,7 @@ def test_the_verdict_of_a_walk_is_not_to_extrapolate():
     assert "Do not extrapolate this run" in said and "extra_every" not in said
 
 
-def test_the_verdict_of_a_line_names_the_longest_horizon_and_the_knobs():
+def test_the_verdict_of_a_line_names_the_longest_horizon_and_the_hyperparameters():
     said = verdict_of(torch.tensor(EVEN)[:, None] * torch.linspace(-1e-5, 1e-5, 100), EVEN)
     assert "up to 1100 steps, the longest horizon" in said and "extra_every=100, extra_steps=1000" in said
 

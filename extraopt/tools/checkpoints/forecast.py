@@ -4,8 +4,9 @@ A run with checkpoints W_0 .. W_n at steps t_0 < .. < t_n has drifts D_i = W_(i+
 of drifts, so that its squared error needs nothing but their Gram matrix G[i, j] = <D_i, D_j>: float64 [n, n], however
 large the model. Gram matrices add up over chunks, tensors and layers.
 
-The score is the skill against standing still, 1 - ||forecast - W||^2 / ||latest - W||^2: 1 is a perfect forecast, 0 is
-worth nothing, and below 0 the jump lands further from the weights that training reached than it set out.
+The score is the skill against the persistence baseline (no change), 1 - ||forecast - W||^2 / ||latest - W||^2: 1 is a
+perfect forecast, 0 is worth nothing, and below 0 the jump lands further from the weights that training reached than it
+set out.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...extrapolation import averaging
-from ...gate import momentum_coherence, openness
+from ...gate import averaged_noise, noise_floor, openness, plain_weights
 from ...hyperparameters import DEFAULTS
 
 METHODS = {
     "secant": "the last drift goes on unchanged (RL-Extra, arXiv 2601.04537)",
     "ols": "the straight line through all checkpoints so far, by least squares",
     "damped": "the last drift, times how much of the drift before it came again in it",
-    "extra": "ExtraAdam's jump, its average settled: drifts averaged with extra_beta's default, times one gate for all",
+    "extra": "ExtraAdam's jump by its defaults: drifts averaged, times one gate for all, of the whole horizon",
 }
+MOMENTUM = 0.9  # AdamW's default beta1: checkpoints of weights don't tell the run's
 WORTHWHILE = 0.05  # skill from which a horizon counts as within reach: less is noise on real runs
 
 
@@ -38,7 +39,7 @@ class Horizon:
         ahead: checkpoints ahead.
         steps: steps ahead, mean over the starts.
         starts: how many checkpoints forecasts started from.
-        skill: for each method 1 - (sum of squared errors) / (sum of squared distances of standing still), or None
+        skill: for each method 1 - (sum of squared errors) / (sum of squared errors of persistence), or None
             where it has no forecast or nothing moved.
         worst: the lowest skill of any one start.
         worth: real steps that bring the weights as near to those `ahead` as the forecast does, in [0, steps].
@@ -112,15 +113,28 @@ def _jump(method: str, t: Tensor, gram: Tensor, start: int, target: int) -> Tens
         old, both = float(rates[-2, -2]), float(rates[-2, -1])
         jump[-1] = (min(1.0, max(0.0, both / old)) if old > 0 else 0.0) * horizon / gaps[-1]
         return jump
-    every = float(gaps[-1])
-    beta = averaging(1, max(1, round(float(horizon) / every)), None)
-    average = beta ** torch.arange(start - 1, -1, -1, dtype=torch.float64)
-    average /= average.sum()  # ExtraAdam's own starts at 0, which makes its first jumps short: not the path's fault
-    before = average[1:]  # the estimate that the gate compares the newest drift with
-    norms = float(rates[-1, -1].clamp(min=0) * (before @ rates[:-1, :-1] @ before).clamp(min=0)) ** 0.5
-    floor = torch.tensor(momentum_coherence(every, beta, seen=start - 1))
-    gate = openness(rates[-1, :-1] @ before / norms, DEFAULTS["extra_gate"], floor) if norms > 0 else 0.0
+    gate, average = _estimate(rates, float(gaps[-1]))
     return gate * horizon * average / gaps
+
+
+def _estimate(rates: Tensor, every: float) -> tuple[float, Tensor]:
+    """ExtraAdam's gate after the last drift, and the weight of each drift in its estimate: float64 [drifts].
+
+    Args:
+        rates: inner products of the drifts per step, float64 [drifts, drifts].
+        every: optimizer steps in a drift, for what momentum alone would show.
+    """
+    cov = var = torch.zeros(1, dtype=torch.float64)
+    shares, gate, beta = torch.zeros(len(rates), dtype=torch.float64), 0.0, DEFAULTS["extra_beta"]
+    for i in range(len(rates)):
+        dot, norms = rates[i] @ shares, (rates[i, i].clamp(min=0) * (shares @ rates @ shares).clamp(min=0)).sqrt()
+        cosine = (dot / norms).clamp(-1, 1) if norms > 0 else torch.zeros((), dtype=torch.float64)
+        gate = float(openness(cosine.view(1), DEFAULTS["extra_gate"], noise_floor(cov, var))) if norms > 0 else 0.0
+        share = plain_weights(torch.tensor([i]), beta).clamp(min=gate**2)
+        cov, var = averaged_noise(cov, var, share, every, MOMENTUM)
+        shares = shares * (1 - share)
+        shares[i] += float(share)
+    return gate, shares
 
 
 def _ratio(error: Tensor, still: Tensor) -> float | None:
@@ -181,7 +195,7 @@ def _worth(error: float, left: Tensor, passed: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class Advice:
-    """Knobs of ExtraAdam that the path speaks for.
+    """Hyperparameters of ExtraAdam that the path speaks for.
 
     Attributes:
         extra_every: k, optimizer steps in a cycle: a multiple of the checkpoints' spacing.

@@ -201,7 +201,7 @@ def verdict(steps: Sequence[float], total: Paths, summary: dict[str, Any]) -> li
     if all(len(held) == len(rows) for held in far.values()):
         said.append(
             f"Reach: up to {_steps(rows[-1].steps)}, the longest horizon that could be tested, every forecast is nearer"
-            " to where training went than standing still: the last drift unchanged, damped, and ExtraAdam's jump."
+            " to where training went than the persistence baseline: the last drift unchanged, damped, ExtraAdam's jump."
         )
     elif any(far.values()):
         parts = [
@@ -210,12 +210,12 @@ def verdict(steps: Sequence[float], total: Paths, summary: dict[str, Any]) -> li
             else f"{words[method]} nowhere (skill {shortest[method]} at {_steps(rows[0].steps)})"
             for method, held in far.items()
         ]
-        said.append(f"Reach: nearer to where training went than standing still is {'; '.join(parts)}.")
+        said.append(f"Reach: nearer to where training went than the persistence baseline is {'; '.join(parts)}.")
     else:
         said.append(
             f"{'From one drift' if advice else 'Do not extrapolate this run'}: {_steps(rows[0].steps)} ahead no"
-            f" forecast is nearer to where training went than standing still (skill {shortest['secant']} for the last"
-            f" drift going on, {shortest['damped']} damped, {shortest['extra']} for ExtraAdam's jump)."
+            f" forecast is nearer to where training went than the persistence baseline (skill {shortest['secant']} for"
+            f" the last drift going on, {shortest['damped']} damped, {shortest['extra']} for ExtraAdam's jump)."
         )
     if advice:
         said.append(

@@ -48,7 +48,7 @@ def _fits(report: dict[str, Any]) -> Table:
 
 
 def _skills(rows: list[dict[str, Any]]) -> Table:
-    table = _table("Skill against standing still, by horizon", "steps ahead", *METHODS, "worth of extra", "starts")
+    table = _table("Skill against persistence, by horizon", "steps ahead", *METHODS, "worth of extra", "starts")
     chosen = rows if len(rows) <= 12 else [rows[round(i * (len(rows) - 1) / 11)] for i in range(12)]
     for row in chosen:
         skills = (_number(row["skill"][method]) for method in METHODS)
