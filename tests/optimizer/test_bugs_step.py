@@ -381,8 +381,9 @@ def test_more_elements_than_an_int32_can_count():
     """apex#1825, TransformerEngine#2918, DeepSpeed#7640: the tables of the fused kernel hold 64 bits."""
     multi_tensor = pytest.importorskip("extraopt.kernels.multi_tensor", reason="needs triton", exc_type=ImportError)
     numel = 2**31 + 8
-    addresses = [[2**45, 2**45 + 16], [2**46, 2**46 + 16], [2**47, 2**47 + 16]]
-    tensors, chunks = multi_tensor._tables(torch.device("cpu"), addresses, [numel, 5], [0, 1])
+    addresses = [torch.tensor([2**i, 2**i + 16]) for i in (45, 46, 47)]
+    numels, index = torch.tensor([numel, 5]), torch.tensor([0, 1])
+    tensors, chunks = multi_tensor._tables(torch.device("cpu"), addresses, numels, index)
     assert tensors.dtype == torch.int64
     n_chunks = -(-numel // multi_tensor.CHUNK)
     assert tensors.tolist() == [

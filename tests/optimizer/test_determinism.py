@@ -21,15 +21,15 @@ from extraopt import ExtraAdam
 
 torch.set_num_threads(int(sys.argv[1]))
 FLAGS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-RULES = {"adamw": None, "gated": {}, "paper": {"extra_beta": 0.0, "extra_gate": None}}
+RULES = {"adamw": None, "gated": {}, "paper": {"extra_beta": 0.0, "extra_gate": None}}  # and jumps of N steps
 SHAPES = [(120_000,), (129, 511), (1000,), (3, 5), ()]  # the first two are worth a second thread to torch
 STEPS = 9
 
 
 def optimizer_of(params, rule, flags):
     if rule is None:
-        return torch.optim.AdamW(params, lr=0.01, **flags)
-    return ExtraAdam(params, lr=0.01, extra_every=3, extra_steps=9, **rule, **flags)
+        return torch.optim.AdamW(params, lr=0.003, **flags)
+    return ExtraAdam(params, lr=0.003, extra_every=3, extra_steps=9, extra_kl=None, **rule, **flags)
 
 
 def digest(params, optimizer):
@@ -68,8 +68,8 @@ def model(rule, flags):
 result = {}
 for run in fixed_gradients, model:
     for name, flags in FLAGS.items():
-        for rule, knobs in RULES.items():
-            params, optimizer = run(knobs, flags)
+        for rule, hyperparameters in RULES.items():
+            params, optimizer = run(hyperparameters, flags)
             result[f"{run.__name__} {name} {rule}"] = digest(params, optimizer)
             if rule == "gated":
                 result[f"gate {run.__name__} {name}"] = round(optimizer.last_jump.gate, 3)

@@ -41,7 +41,9 @@ def memory() -> dict[str, int]:
 def long_run(steps: int, window: int, settled: int) -> None:
     """So many steps, timed over a window at both ends; after `settled` of them the caches are full."""
     params, grads = two_tensors()
-    optimizer = ExtraAdam(params, lr=1e-3, fused=True, extra_every=K, extra_steps=3 * K)  # the fastest here
+    optimizer = ExtraAdam(
+        params, lr=1e-3, fused=True, extra_every=K, extra_steps=3 * K, extra_kl=None
+    )  # the fastest here
     first: list[float] = []
     last: list[float] = []
     early: dict[str, int] = {}
@@ -110,7 +112,7 @@ def ends_from(optimizer: ExtraAdam | Extra, params: list[Tensor], steps: int) ->
 def near_the_limit(every: int) -> tuple[list[Tensor], ExtraAdam]:
     """A run whose state, five steps before the counter's limit, has been saved and loaded."""
     params, _ = two_tensors()
-    optimizer = ExtraAdam(params, extra_every=every, extra_steps=2 * every)
+    optimizer = ExtraAdam(params, extra_every=every, extra_steps=2 * every, extra_kl=None)
     ends_from(optimizer, params, 1)
     state = reload(optimizer.state_dict())
     for entry in state["state"].values():
@@ -153,7 +155,7 @@ def test_past_the_counters_limit_it_jumps_at_the_wrong_moment_or_stops_training(
 def test_the_wrappers_own_counter_has_a_limit() -> None:
     """It is an int."""
     params, _ = two_tensors()
-    optimizer = Extra(torch.optim.SGD(params, lr=0.01), extra_every=K, extra_steps=2 * K)
+    optimizer = Extra(torch.optim.SGD(params, lr=0.01), extra_every=K, extra_steps=2 * K, extra_kl=None)
     ends_from(optimizer, params, 1)
     for p in params:
         optimizer.state[p]["extra_step"] = LIMIT - 5
@@ -169,7 +171,7 @@ def many(kind: type[torch.optim.AdamW], **options: object) -> torch.optim.AdamW:
 
 
 def test_10_000_parameters_are_too_many_for_a_cycle() -> None:
-    optimizer = many(ExtraAdam, foreach=True, extra_every=3, extra_steps=6)
+    optimizer = many(ExtraAdam, foreach=True, extra_every=3, extra_steps=6, extra_kl=None)
     for _ in range(6):
         optimizer.step()
     assert isinstance(optimizer, ExtraAdam) and optimizer.last_jump is not None
@@ -182,7 +184,10 @@ def test_10_000_parameters_make_a_step_without_a_jump_dearer_than_adamws(impleme
     if "PYTEST_XDIST_WORKER" in os.environ:
         pytest.skip("times beside other tests say nothing")
     flags = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[implementation]
-    pair = {"adamw": many(torch.optim.AdamW, **flags), "extra": many(ExtraAdam, extra_every=K, extra_steps=K, **flags)}
+    pair = {
+        "adamw": many(torch.optim.AdamW, **flags),
+        "extra": many(ExtraAdam, extra_every=K, extra_steps=K, extra_kl=None, **flags),
+    }
     times: dict[str, list[float]] = {name: [] for name in pair}
     for i in range(1, 6 * K):
         for name, optimizer in pair.items() if i % 2 else reversed(pair.items()):
