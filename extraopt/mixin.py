@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .extrapolation import CycleBatch, JumpReport, end_cycle
 from .schedule import Schedule
 from .state import keeps_estimate, new_anchor, new_estimate, offload
-from .trust import Length, Limits, TrustRegion
+from .trust import UNWATCHED, Length, Limits, TrustRegion
 
 
 def learning_rate_is_zero(group: Mapping[str, Any]) -> bool:
@@ -200,7 +200,7 @@ class CycleMixin:
             return self._trust.choose(move, params, known, limits, most)
 
         with self._moving([p for batch in batches for p in batch.params]):
-            report, length, outcomes = end_cycle(batches, self._schedule.tables, 2 * known, choose)
+            report, length, outcomes = end_cycle(batches, self._schedule.tables, max(2 * known, UNWATCHED), choose)
         self._last_jump[:] = [report]
         if length is not None:
             for group in self.param_groups:
