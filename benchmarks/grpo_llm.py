@@ -53,16 +53,17 @@ spec.loader.exec_module(demo)
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- made by benchmarks/grpo_llm.py -->", "<!-- end of grpo_llm -->"
-PAPER = {"extra_every": 20, "extra_steps": 100, "extra_beta": 0.0, "extra_gate": None}
+PAPER = {"extra_every": 20, "extra_steps": 100, "extra_beta": 0.0, "extra_gate": None, "extra_kl": None}
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {}),
     "ExtraAdam": (ExtraAdam, {}),
-    "ExtraAdam told nothing": (ExtraAdam, {}),
-    "ExtraAdam (5,25)": (ExtraAdam, {"extra_every": 5, "extra_steps": 25}),
-    "ExtraAdam (start 61)": (ExtraAdam, {"extra_start": 61}),
     "RL-Extra (20,100)": (ExtraAdam, PAPER),
 }
-COLOURS = dict(zip(OPTIMIZERS, ("#64748b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")))
+# of the rule before, without a trust region; its rows stay, but can't be made any more
+BEFORE = [f"before: ExtraAdam{of}" for of in ("", " told nothing", " (5,25)", " (start 61)")]
+COLOURS = dict(
+    zip([*OPTIMIZERS, *BEFORE], ("#64748b", "#0072b2", "#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7"))
+)
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few
 EARLY = (40, 60)  # steps up to which the table has a level, besides the end
 
@@ -206,7 +207,7 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
     )
     callbacks: list[TrainerCallback] = [Clock(progress, bar)]
     if kind is ExtraAdam:
-        callbacks.append(ExtraCallback("auto" if run["optimizer"] == "ExtraAdam" else None))
+        callbacks.append(ExtraCallback())
     tokenizer = AutoTokenizer.from_pretrained(path)
     trainer = GRPOTrainer(
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
@@ -223,15 +224,19 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
     # a run that was cut off after its last step takes one more when it resumes
     logs = [log for log in trainer.state.log_history if "reward" in log and log["step"] <= preset.steps]
     minus = [[log["step"], log["minus"]] for log in trainer.state.log_history if "minus" in log]
-    jumps = [[log["step"], log["extra/coherence"], log["extra/gate"]] for log in logs if "extra/gate" in log]
+    told = ("coherence", "gate", "length", "kl", "fall")
+    jumps = [
+        [log["step"], *(round(log[f"extra/{of}"], 4) if f"extra/{of}" in log else None for of in told)]
+        for log in logs
+        if "extra/gate" in log
+    ]
     shutil.rmtree(folder)
     progress.remove_task(bar)
     return {
         **run,
         "curve": [[log["step"], round(log["reward"], 4)] for log in logs],
         "entropy": [round(log["entropy"], 4) for log in logs],
-        "jumps": [[step, round(cosine, 3), round(gate, 3)] for step, cosine, gate in jumps],
-        "taken_back": [log["step"] for log in logs if log.get("extra/taken_back")],
+        "jumps": jumps,
         **({"minus": minus} if minus else {}),
         "seconds": round(sum(log["seconds"] for log in logs), 1),
     }
@@ -301,7 +306,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         longest = max(row["settings"]["steps"] for own in by_name.values() for row in own.values())
         means = {n: [level(own.values(), end) for end in (*EARLY, longest)] for n, own in by_name.items()}
         best = [max(column) for column in zip(*means.values())]
-        for name in sorted(by_name, key=list(OPTIMIZERS).index):
+        for name in sorted(by_name, key=list(COLOURS).index):
             own = by_name[name].values()
             bold = [mean == top and len(means) > 1 for mean, top in zip(means[name], best)]
             cells = ["" if m == -math.inf else f"**{m:.3f}**" if b else f"{m:.3f}" for m, b in zip(means[name], bold)]
@@ -332,6 +337,7 @@ def main(
     only: Annotated[
         list[str], typer.Option(help="Only runs of this task, optimizer, tuning, lr or seed; several: of all of them.")
     ] = [],  # noqa: B006 (typer copies it)
+    fp32: Annotated[bool, typer.Option("--fp32", help="Multiply in float32 where bfloat16 would be faster.")] = False,
     work: Annotated[Path, typer.Option(help="Folder for checkpoints of the run under way.")] = Path("runs/grpo_llm"),
     report_file: Annotated[
         Path | None, typer.Option("--report", help="Only the table and picture of this file.")
@@ -355,7 +361,7 @@ def main(
         "model": chosen.model,
         "steps": chosen.steps,
         "completions": chosen.prompts * chosen.group,
-        "precision": precision(),
+        "precision": "fp32" if fp32 else precision(),
     }
     runs = [
         {
@@ -371,7 +377,7 @@ def main(
         for tuning, lrs in chosen.lrs.items()
         for task in chosen.tasks
         for name in OPTIMIZERS
-        for lr in (lrs if name in ("AdamW", "ExtraAdam", "ExtraAdam told nothing") else lrs[:1])
+        for lr in (lrs if name in ("AdamW", "ExtraAdam") else lrs[:1])
     ]
     wanted = {(run["task"], run["tuning"], run["optimizer"], f"{run['lr']:g}", str(run["seed"])): run for run in runs}
     wanted = {words: run for words, run in wanted.items() if set(only) <= set(words)}

@@ -41,7 +41,8 @@ def unhooked_step(kind: type[Optimizer]) -> Callable[[Optimizer], Any]:
     Those of the optimizer that calls it are running already.
     """
     step: Any = kind.step
-    return step.__wrapped__ if getattr(step, "__code__", None) is _PROFILED else step
+    plain: Callable[[Optimizer], Any] = step.__wrapped__ if getattr(step, "__code__", None) is _PROFILED else step
+    return plain
 
 
 class CycleMixin:
@@ -60,7 +61,8 @@ class CycleMixin:
         self.__dict__.setdefault("_last_jump", []).clear()
         if "_trust" not in self.__dict__:
             self._trust = TrustRegion()
-            if self.param_groups and self.param_groups[0].get("extra_watch"):
+            self._trust.quietly = not self.param_groups[0]["extra_watch"]
+            if not self._trust.quietly:
                 self.watch()
 
     def watch(
@@ -90,7 +92,7 @@ class CycleMixin:
             RuntimeWarning: at the end of a cycle, where the model can't be watched; says why and what to do. Jumps are
                 then short.
         """
-        self._trust.process_group = process_group
+        self._trust.process_group, self._trust.quietly = process_group, False
         if model is None:
             self._trust.watch.find(lambda: {id(p) for group in self.param_groups for p in group["params"]}, logits)
         else:
@@ -99,6 +101,7 @@ class CycleMixin:
     def unwatch(self) -> None:
         """Take the hook off the model again; jumps are then short."""
         self._trust.watch.detach()
+        self._trust.quietly = True
 
     def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], dict[Tensor, int]]]:
         """Each group with those of its parameters that have an anchor, and their applied steps."""
@@ -165,8 +168,10 @@ class CycleMixin:
             if not steps:
                 continue
             every = group["extra_every"]
-            rule = every, group["extra_steps"], group["extra_beta"], group["extra_gate"], group["extra_start"]
-            rule += group["extra_kl"] is not None, momentum_of(group), group.get("differentiable") is True
+            rule = (
+                every, group["extra_steps"], group["extra_beta"], group["extra_gate"], group["extra_start"],
+                group["extra_kl"] is not None, momentum_of(group), group.get("differentiable") is True,
+            )  # fmt: skip
             batch = batches.get(rule)
             if batch is None:
                 batch = batches[rule] = CycleBatch([], [], [] if keeps_estimate(group) else None, [], [], [], *rule)

@@ -188,8 +188,8 @@ def modernize(state: dict[str, Any], group: Mapping[str, Any], counter: str, mom
     old = state.pop("extra_drift", None)
     if not isinstance(old, Tensor) or not _is_count(state.get(counter)) or not _is_count(state.get("extra_origin")):
         return
-    every, steps, beta = group.get("extra_every"), group.get("extra_steps"), group.get("extra_beta")
-    if not is_number(every, 1) or not is_number(steps, 1):
+    every, steps, beta = (group.get(f"extra_{key}") for key in ("every", "steps", "beta"))
+    if every is None or steps is None or not is_number(every, 1) or not is_number(steps, 1):
         return
     beta = max(0.0, 1 - every / steps) if beta is None else float(beta)
     seen = int(state[counter] - state["extra_origin"]) // int(every)

@@ -109,7 +109,7 @@ class Outputs:
 
 
 def _chunks(logits: Tensor) -> tuple[Tensor, ...]:
-    return logits.split(max(1, CHUNK_BYTES // (4 * logits.shape[-1])))
+    return torch.split(logits, max(1, CHUNK_BYTES // (4 * logits.shape[-1])))
 
 
 class TrustRegion:
@@ -143,6 +143,9 @@ class TrustRegion:
         unwatched = Length(min(UNWATCHED, limits.steps), known)
         if self.quietly:
             return unwatched
+        unseen = self.watch.model is None and self.watch.watching
+        if unseen:
+            self.watch.find_compiled()
         try:
             ranks = Ranks(self.watch, params, self.process_group)
             missing, unusable, _ = ranks.sum(
@@ -151,8 +154,13 @@ class TrustRegion:
             if unusable:
                 raise Unusable(self.watch.refused or self._not_found())
             if missing:
-                if most:
-                    self._warn("inputs", "no inputs of the model were seen in the last step of a cycle")
+                if most and not unseen:
+                    self._warn(
+                        "inputs",
+                        f"a cycle ended without a forward pass of {type(self.watch.model).__name__} in its last step, "
+                        "with gradients and tensors among its arguments, so that the jump was as long as the last one at "
+                        "most. Where another module is called for training, tell the optimizer by watch(model).",
+                    )
                 return Length(min(known, limits.steps), known)
             return self._search(move, ranks, known, limits)
         except Unusable as reason:
@@ -253,4 +261,4 @@ class Ranks:
             numbers = numbers.to(self._device)
             for group in self._groups:
                 torch.distributed.all_reduce(numbers, group=group)
-        return numbers.tolist()  # type: ignore[no-any-return]
+        return numbers.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +38,22 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, (contextlib.nullcontext(), "__exit__")  # does nothing, and a file needs no package of ours
+
+
+def _before_compiled(module: nn.Module, hook: _Hook) -> Callable[[], None]:
+    """Let `hook` see the calls of a module that was compiled in place, without being compiled with it."""
+    compiled: Any = module._compiled_call_impl
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        hook(module, arguments, named)
+        return compiled(*arguments, **named)
+
+    def remove() -> None:
+        if module._compiled_call_impl is call:
+            module._compiled_call_impl = compiled
+
+    module._compiled_call_impl = call
+    return remove
 
 
 def _map(what: Callable[[Tensor], Any], value: Any) -> Any:
@@ -111,7 +128,7 @@ class Watch:
         self.group: Any = None
         self.refused: str | None = None
         self._logits: Callable[[Any], Tensor] | None = None
-        self._handles: list[Any] = []
+        self._removers: list[Callable[[], None]] = []
         self._own: Callable[[], set[int]] = set
         self._rng: dict[torch.device | None, Tensor] = {}
         self._captured: tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.dtype]] | None = None
@@ -119,7 +136,7 @@ class Watch:
     @property
     def watching(self) -> bool:
         """Whether there is a hook, on a model or in search of one."""
-        return bool(self._handles)
+        return bool(self._removers)
 
     @property
     def captured(self) -> bool:
@@ -140,23 +157,38 @@ class Watch:
         except Unusable as reason:
             self.refused = str(reason)
             return
-        self._hold(self.model.register_forward_pre_hook(_Hook(self._remember), prepend=True, with_kwargs=True))
+        hook = _Hook(self._remember)
+        if self.model._compiled_call_impl is None:
+            self._hold(self.model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
+        else:
+            self._hold(_before_compiled(self.model, hook))
 
     def find(self, own: Callable[[], set[int]], logits: Callable[[Any], Tensor] | None) -> None:
         """Watch the outermost module that is called for training and has most of the parameters with these ids."""
         self.detach()
         self._own, self._logits = own, logits
-        self._hold(register_module_forward_pre_hook(_Hook(self._look)))
+        self._hold(register_module_forward_pre_hook(_Hook(self._look)).remove)
 
-    def _hold(self, handle: Any) -> None:
-        self._handles.append(handle)
-        weakref.finalize(self, handle.remove)
+    def find_compiled(self) -> None:
+        """Watch a module that was compiled in place, whose calls no hook from outside of it sees."""
+        modules = [x for x in gc.get_objects() if issubclass(type(x), nn.Module)]  # isinstance trips on dead proxies
+        owners = [m for m in modules if m._compiled_call_impl is not None and self._has_most(m)]
+        if owners:
+            self.attach(max(owners, key=lambda module: len(list(module.modules()))), self._logits)
+
+    def _has_most(self, module: nn.Module) -> bool:
+        own = self._own()
+        return 2 * len(own & set(map(id, module.parameters()))) > len(own)
+
+    def _hold(self, remove: Callable[[], None]) -> None:
+        self._removers.append(remove)
+        weakref.finalize(self, remove)
 
     def detach(self) -> None:
         """Watch nothing any more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for remove in self._removers:
+            remove()
+        self._removers.clear()
         self.model = self.group = self.refused = None
         self.release()
 
@@ -167,10 +199,8 @@ class Watch:
     def _look(self, module: nn.Module, *_: Any) -> None:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        own = self._own()
-        if not own or 2 * len(own & set(map(id, module.parameters()))) <= len(own):
-            return
-        self.attach(module, self._logits)
+        if self._has_most(module):
+            self.attach(module, self._logits)
 
     def _remember(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if not self.armed or not torch.is_grad_enabled() or getattr(module, "_is_replica", False):
@@ -257,7 +287,7 @@ def _set_rng(states: Mapping[torch.device | None, Tensor]) -> None:
 
 def _eagerly() -> contextlib.AbstractContextManager[Any]:
     """Compiled parts run as they were written: no graph is made for two passes in a cycle."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call,no-any-return]
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 def sharded(model: nn.Module) -> list[Any]:
@@ -299,12 +329,13 @@ class Positions:
         embeddings = getattr(model, "get_output_embeddings", lambda: None)() if config is not None else None
         weight = getattr(embeddings, "weight", None)
         self._width = int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
-        self._valid = self._columns = None
+        self._valid: Tensor | None = None
+        self._columns: Tensor | None = None
         if logits is None:
             self._choose(arguments, named)
 
     def _choose(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        ids = next((named[k] for k in ("input_ids", "inputs_embeds") if isinstance(named.get(k), Tensor)), None)
+        ids: Any = next((named[k] for k in ("input_ids", "inputs_embeds") if isinstance(named.get(k), Tensor)), None)
         if ids is None and arguments and isinstance(arguments[0], Tensor):
             ids = arguments[0]
         labels, mask = named.get("labels"), named.get("attention_mask")
@@ -343,9 +374,9 @@ class Positions:
             Unusable: it holds no logits.
         """
         if self._logits is not None:
-            logits = self._logits(output)
-            return logits.reshape(-1, logits.shape[-1])[: max(1, LOGITS_BYTES // (4 * logits.shape[-1]))]
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            given = self._logits(output)
+            return given.reshape(-1, given.shape[-1])[: max(1, LOGITS_BYTES // (4 * given.shape[-1]))]
+        logits: Any = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise Unusable("its output has no `.logits`: give watch(model, logits=...) a function that makes them")
         if logits.shape[-1] < 2 or (self._width is not None and logits.shape[-1] != self._width):

@@ -114,7 +114,7 @@ class Policy(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 if p.shape[1] == width else 0.02 / math.sqrt(2 * layers))
 
-    def forward(
+    def _hidden(
         self, tokens: Tensor, positions: Tensor, mask: Tensor, past: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [b, n, width] and keys and values of tokens [b, n], after those in `past`."""
@@ -127,20 +127,25 @@ class Policy(nn.Module):
 
     def _prompt(self, prompts: Tensor) -> list[Tensor]:
         n = prompts.shape[1] - 1  # the last token of the prompt is the first input of each answer
-        return self(prompts[:, :-1], torch.arange(n), torch.ones(n, n, dtype=torch.bool).tril())[1]
+        return self._hidden(prompts[:, :-1], torch.arange(n), torch.ones(n, n, dtype=torch.bool).tril())[1]
 
-    def log_probs(self, prompts: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of answers [b, g, T] to prompts [b, P], float32 [b, g, T], and which tokens count."""
+    def forward(self, prompts: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the tokens of answers [b, g, T] to prompts [b, P], float32 [b, g, T, V], and which tokens count."""
         b, g, t = answers.shape
         n = prompts.shape[1] - 1
         inputs = torch.cat([prompts[:, None, -1:].expand(b, g, 1), answers[:, :, :-1]], 2).reshape(b, g * t)
         own, time = torch.arange(g).repeat_interleave(t), torch.arange(t).repeat(g)
         mask = (own[:, None] == own) & (time[:, None] >= time)
         mask = torch.cat([torch.ones(g * t, n, dtype=torch.bool), mask], 1)
-        hidden, _ = self(inputs, n + time, mask, self._prompt(prompts))
-        logp = -F.cross_entropy(self.head(hidden).flatten(0, 1), answers.flatten(), reduction="none").view(b, g, t)
+        hidden, _ = self._hidden(inputs, n + time, mask, self._prompt(prompts))
         ended = (answers == END).cumsum(2)
-        return logp, (ended == 0) | ((ended == 1) & (answers == END))
+        return self.head(hidden).view(b, g, t, -1), (ended == 0) | ((ended == 1) & (answers == END))
+
+    def log_probs(self, prompts: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of answers [b, g, T] to prompts [b, P], float32 [b, g, T], and which tokens count."""
+        logits, counts = self(prompts, answers)
+        logp = -F.cross_entropy(logits.flatten(0, 2), answers.flatten(), reduction="none").view(answers.shape)
+        return logp, counts
 
     @torch.no_grad()
     def sample(self, prompts: Tensor, g: int, t: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +161,7 @@ class Policy(nn.Module):
         same = torch.eye(g, dtype=torch.bool)
         for i in range(t):
             mask = torch.cat([torch.ones(g, n, dtype=torch.bool), same.repeat(1, i + 1)], 1)
-            hidden, past = self(tokens, torch.full((g,), n + i), mask, past)
+            hidden, past = self._hidden(tokens, torch.full((g,), n + i), mask, past)
             p = self.head(hidden).softmax(-1).flatten(0, 1)
             tokens = torch.multinomial(p, 1, generator=generator).view(b, g)
             logp[:, :, i] = p.gather(1, tokens.view(-1, 1)).view(b, g).log()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 from collections.abc import Iterator
 
@@ -32,13 +33,6 @@ class Trained:
     def kept(self) -> Iterator[nn.Module]:
         """The model with the weights that the method would evaluate and save."""
         yield self.model
-
-
-class Reported(Trained):
-    """ExtraAdam that is told the rewards, and takes back jumps after which they fell."""
-
-    def tell(self, reward: float) -> None:
-        self.optimizer.report(reward)
 
 
 class ResetAtJump(Trained):
@@ -102,7 +96,8 @@ class ScheduleFree(Trained):
 
 
 def _rl_extra(k: int, n: int, params: list[Tensor], lr: float) -> ExtraAdam:
-    return ExtraAdam(params, lr, extra_every=k, extra_steps=n, extra_beta=0.0, extra_gate=None, **ADAMW)
+    rule = {"extra_every": k, "extra_steps": n, "extra_beta": 0.0, "extra_gate": None, "extra_kl": None}
+    return ExtraAdam(params, lr, **rule, **ADAMW)
 
 
 def build(name: str, model: nn.Module, lr: float) -> Trained:
@@ -110,10 +105,12 @@ def build(name: str, model: nn.Module, lr: float) -> Trained:
     params = [p for p in model.parameters() if p.requires_grad]
     if name == "AdamW":
         return Trained(model, AdamW(params, lr, **ADAMW))
-    if name == "ExtraAdam":
-        return Trained(model, ExtraAdam(params, lr, **ADAMW))
-    if name == "ExtraAdam, told the reward":
-        return Reported(model, ExtraAdam(params, lr, **ADAMW))
+    if name.startswith("ExtraAdam"):  # ExtraAdam extra_kl=.01 extra_every=5
+        options = dict(part.split("=") for part in name.split()[1:])
+        optimizer = ExtraAdam(params, lr, **ADAMW, **{k: ast.literal_eval(v) for k, v in options.items()})
+        if optimizer.defaults["extra_watch"]:
+            optimizer.watch(model, logits=lambda output: output[0][output[1]])
+        return Trained(model, optimizer)
     if name.startswith("RL-Extra"):  # RL-Extra (20,100) kept
         k, n = map(int, name[name.index("(") + 1 : name.index(")")].split(","))
         return (ResetAtJump if name.endswith("reset") else Trained)(model, _rl_extra(k, n, params, lr))
