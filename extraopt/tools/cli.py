@@ -82,8 +82,7 @@ def linearity(
     from .checkpoints.paths import Filter
 
     left_out: list[str] = []
-    every = [checkpoint for path in paths for checkpoint in find_checkpoints(path, left_out)]
-    found = list({os.path.realpath(folder): (step, folder) for step, folder in every}.values())
+    found = [checkpoint for path in paths for checkpoint in find_checkpoints(path, left_out)]
     for note in left_out:
         err.print(f"Note: {note}", soft_wrap=True, markup=False, highlight=False)
     keep = Filter(min_move, min_values)

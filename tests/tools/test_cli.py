@@ -66,6 +66,19 @@ def test_sweep_names_and_draws_the_top(capsys, monkeypatch, tmp_path: Path):
     assert "Best: alpha 2" in told and "<svg" in (tmp_path / "u.svg").read_text()
 
 
+def test_checkpoints_left_out_are_told_on_stderr_and_links_count_once(capsys, monkeypatch, tmp_path: Path):
+    folders = run_of(tmp_path / "run", "llama", count=3)
+    folders[0].with_name("tmp-checkpoint-400").mkdir()
+    folders[0].with_name("last").symlink_to(folders[2])
+    monkeypatch.setattr(sys, "argv", ["extraopt", "linearity", str(tmp_path / "run"), "--sample", "10", "--json"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.run()
+    said = capsys.readouterr()
+    assert stop.value.code == 0 and json.loads(said.out)["steps"] == [100, 200, 300]
+    assert "tmp-checkpoint-400 was left out" in said.err
+
+
 def test_lora_errors_are_told(capsys, monkeypatch, tmp_path: Path):
     peft = pytest.importorskip("peft", reason="needs peft: pip install 'extraopt[hf]'")
     import torch

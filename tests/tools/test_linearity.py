@@ -241,7 +241,7 @@ def test_layer_types_and_numbers(name: str, kind: str, layer: int | None):
 
 
 def small_run(folder: Path, dtype: torch.dtype = torch.float32) -> list[tuple[int, Path]]:
-    """Five steps of a straight tensor, a walking one, one that stands still and a buffer of integers."""
+    """Five steps of a straight tensor, a walking one, one that does not move and a buffer of integers."""
     walk = walks([float(i) for i in range(0, 60, 10)], 6000, 1e-3).to(dtype)
 
     def at(step: int) -> Tensors:

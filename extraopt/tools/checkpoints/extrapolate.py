@@ -272,6 +272,8 @@ def extrapolate(
         )
     if last.is_adapter:
         report.lora = LoraError(written=lora)
+        if last.config.get("use_dora"):
+            report.notes.append("DoRA: the product B A and the magnitudes were extrapolated each by itself.")
         bases = {str(checkpoint.config.get("base_model_name_or_path")) for checkpoint in opened}
         if len(bases) > 1:
             report.notes.append(f"The adapters name different base models: {', '.join(sorted(bases))}.")

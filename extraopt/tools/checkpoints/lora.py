@@ -1,7 +1,7 @@
 """The updates of LoRA adapters as what they are: products of factors, by the algebra that PEFT's config asks for.
 
 An adapter's update is B A, and what is extrapolated is the update. Some configs say that it is made otherwise of the
-stored factors, and each such update falls apart into independent products:
+stored factors, and each such update splits into independent products:
 
 - `target_parameters`: the factors of all experts of a layer are packed, A [experts * rank, in] by expert, B
   [out, rank * experts] by rank. An expert's update is its own B A.

@@ -1,4 +1,4 @@
-"""Write a checkpoint so that it is whole or not there at all, and its safetensors tensor by tensor."""
+"""Write a checkpoint atomically, and its safetensors tensor by tensor."""
 
 from __future__ import annotations
 
