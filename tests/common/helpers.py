@@ -1,9 +1,11 @@
-"""A tiny model, a run whose every step is a function of its number, and bitwise comparison."""
+"""A tiny model, a run whose every step is a function of its number, and comparison: bitwise, and with the reference."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,3 +104,37 @@ def assert_same_run(a: torch.nn.Module, a_opt: torch.optim.Optimizer, b: torch.n
     """Weights and optimizer states are bit-equal."""
     assert_same(list(a.parameters()), list(b.parameters()), "weights")
     assert_same(a_opt.state_dict(), b_opt.state_dict(), "optimizer")
+
+
+@dataclass
+class Ending:
+    """What the end of a cycle may make of a tensor, in float64."""
+
+    gate: float
+    share: float  # w, of the drift in the new estimate
+    landed: Tensor  # without the jump
+    estimate: Tensor
+
+
+def endings(e: Tensor, a: Tensor, v: Tensor, gate: float, share: float, gated: bool, least: float) -> list[Ending]:
+    """The reference's end of a cycle, and where float32 sums may round a gate or a retreat to, the next ones.
+
+    Args:
+        e, a, v: weights, anchor and estimate before.
+        gate, share: the reference's g and w.
+        gated: whether there is a gate, and the tensor may jump: if not, there is one ending.
+        least: w of a shut gate.
+    """
+    E, D = e.double(), e.double() - a.double()
+    if not gated:
+        return [Ending(gate, share, E, v.double() + share * (D - v.double()))]
+    norm = float(E.norm())
+    size = min(1.0, 100 * float(D.norm()) / norm) if norm else 1.0
+    found = []
+    for g in [gate] if e.dtype == torch.float64 else [gate, gate - 1 / 256, gate + 1 / 256]:
+        part = 256 * (1 - g) * size
+        for back in {math.floor(part), math.ceil(part)} if 0 <= g <= 1 else ():
+            if abs(back - part) < 0.501:  # as it is rounded, or half way
+                w = share if g == gate else max(least, g * g)
+                found.append(Ending(g, w, E - back / 512 * D, v.double() + w * (D - v.double())))
+    return found

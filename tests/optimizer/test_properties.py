@@ -10,25 +10,29 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Ending, endings
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from extraopt import ExtraAdam, kernels
-from extraopt.extrapolation import CycleBatch, averaging, end_cycle
+from extraopt.extrapolation import CycleBatch, end_cycle
+from extraopt.gate import averaged_noise
 from extraopt.kernels import reference
+from extraopt.trust import Length
 
 REAL = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["contiguous", "transposed", "channels_last", "offset", "gapped"]
 shapes = st.one_of(
     st.just(()), st.just((0,)), st.just((0, 3)), st.tuples(st.integers(1, 40)), st.tuples(*[st.integers(1, 9)] * 2)
 ) | st.tuples(*[st.integers(1, 5)] * 4)
-knobs = st.fixed_dictionaries(
+hyperparameters = st.fixed_dictionaries(
     {
         "extra_every": st.integers(1, 7),
         "extra_steps": st.integers(1, 40),
-        "extra_beta": st.none() | st.floats(0, 0.99),
+        "extra_beta": st.just(0.0) | st.floats(0, 0.99),
         "extra_gate": st.none() | st.floats(0.05, 1),
+        "extra_kl": st.none(),
     }
 )
 
@@ -55,52 +59,94 @@ def bound(dtype: torch.dtype, result: Tensor, ratio: float, *terms: Tensor) -> T
     return eps / 2 * (result.abs() + arithmetic) + arithmetic + torch.finfo(dtype).smallest_normal * eps
 
 
-def neighbours(gate: float, ratio: float, estimate: Tensor, e: Tensor, a: Tensor) -> Tensor:
-    """How far off a jump lands whose gate or retreat float32 sums rounded to the next multiple of 1/256 or 1/512."""
-    d = e.double() - a.double()
-    small = bool(d.norm() < 0.01001 * e.double().norm())  # so that the retreat is rounded, not only its gate
-    between = 0 < gate < 1
-    backs = between + (small and gate < 1)
-    return (between * ratio * estimate.abs() + backs * d.abs() / 2) / 256
+def within(got: Tensor, want: Tensor, ratio: float, *terms: Tensor, stored: Tensor | float = 0.0) -> bool:
+    """Whether it is the result, to one rounding, and to one of what was `stored` on the way."""
+    eps = torch.finfo(got.dtype).eps
+    allowed = bound(got.dtype, want, ratio, *terms) + eps / 2 * abs(stored)
+    return bool(((got.double() - want).abs() <= allowed).all())
 
 
-def assert_within_one_rounding(got: Tensor, want: Tensor, ratio: float, *terms: Tensor, slack: Any = 0) -> None:
-    error = (got.double() - want).abs()
-    allowed = bound(got.dtype, want, ratio, *terms) + slack
-    assert bool((error <= allowed).all()), f"off by {error.max()} in {got.dtype}"
+def assert_within_one_rounding(got: Tensor, want: Tensor, ratio: float, *terms: Tensor) -> None:
+    assert within(got, want, ratio, *terms), f"off by {(got.double() - want).abs().max()} in {got.dtype}"
+
+
+def ended(p: Tensor, nv: Tensor | None, e: Tensor, a: Tensor, v: Tensor, ratio: float, ways: list[Ending]) -> Ending:
+    """Which of the ways a cycle took whose weights and estimate are now these; jumps are `ratio` gates long.
+
+    An estimate is stored, and so are the weights after the retreat, before the jump is made of both.
+    """
+    for way in ways:
+        length, estimate, stored = way.gate * ratio, way.estimate, 0.0
+        if nv is not None:
+            if not within(nv, way.estimate, 0, e, a, v):
+                continue
+            estimate, stored = nv.double(), way.landed
+        if within(p, way.landed + length * estimate, length, e, a, v, stored=stored):
+            return way
+    way = ways[0]
+    off = [(p.double() - way.landed - way.gate * ratio * way.estimate).abs().max()]
+    off += [] if nv is None else [(nv.double() - way.estimate).abs().max()]
+    raise AssertionError(f"off by {off} in {p.dtype} with gate {way.gate}, share {way.share}")
+
+
+def fold(taken: list[float], every: int, momentum: float) -> tuple[float, float]:
+    cov = var = torch.zeros(1, dtype=torch.float64)
+    for w in taken:
+        cov, var = averaged_noise(cov, var, torch.tensor([w], dtype=torch.float64), every, momentum)
+    return float(cov), float(var)
 
 
 @given(
     tensors=st.lists(st.tuples(shapes, st.sampled_from(LAYOUTS), st.sampled_from(REAL)), min_size=1, max_size=6),
-    knobs=knobs,
+    hyperparameters=hyperparameters,
     seed=st.integers(0, 2**30),
     along=st.sampled_from([0.0, 0.3, 1.0]),
     size=st.sampled_from([0.001, 0.01, 0.1]),
     momentum=st.sampled_from([0.9, 0.0, 0.5]),
-    seen=st.sampled_from([1, 2, 7, 1000]),
+    taken=st.lists(st.lists(st.floats(0.01, 1), max_size=4).map(lambda ws: [1.0, *ws]), min_size=6, max_size=6),
+    lengths=st.none() | st.lists(st.floats(0, 50), min_size=1, max_size=3),
 )
-def test_the_end_of_a_cycle_is_the_reference_within_one_rounding(tensors, knobs, seed, along, size, momentum, seen):
+def test_the_end_of_a_cycle_is_the_reference_within_one_rounding(
+    tensors, hyperparameters, seed, along, size, momentum, taken, lengths
+):
+    """Of N steps, or of the last length that is tried, however many were."""
     g = torch.Generator().manual_seed(seed)
     E = [make(*t, g, 1.0) for t in tensors]
     A = [(e.double() + torch.randn(e.shape, dtype=torch.float64, generator=g) * size).to(e.dtype) for e in E]
     # an estimate that agrees with the drift more or less, so that gates open more or less
     V = [(along * (e.double() - a.double()) + make(e.shape, "contiguous", torch.float64, g, size)).to(e.dtype)
          for e, a in zip(E, A)]  # fmt: skip
-    k, n, gate = knobs["extra_every"], knobs["extra_steps"], knobs["extra_gate"]
-    b = averaging(k, n, knobs["extra_beta"])
-    rule = {"every": k, "steps": n, "beta": b, "gate": gate, "momentum": momentum, "seen": seen}
-    want_W, want_V, want_g = reference.end_cycle(E, A, V, **rule)
+    taken = taken[: len(E)]
+    k, n, b, gate = (hyperparameters[f"extra_{key}"] for key in ("every", "steps", "beta", "gate"))
+    length = n if lengths is None else min(lengths[-1], n)
+    rule = {"every": k, "length": length, "beta": b, "gate": gate, "momentum": momentum}
+    _, _, gates, shares = reference.end_cycle(E, A, V, taken, **rule)
 
     P = [make_like(e) for e in E]
-    anchors, drifts = [make_like(a) for a in A], [make_like(v) for v in V]
-    batch = CycleBatch(P, anchors, drifts, [k] * len(P), [seen] * len(P), k, n, b, gate, start=0, momentum=momentum)
-    report, _ = end_cycle([batch], [])
+    anchors, estimates = [make_like(a) for a in A], [make_like(v) for v in V]
+    noise, seen = [fold(ws, k, momentum) for ws in taken], [len(ws) for ws in taken]
+    batch = CycleBatch(
+        P, anchors, estimates, noise, [k] * len(P), seen, k, n, b, gate, 0, lengths is not None, momentum
+    )
+    asked = []
 
-    assert abs(report.jumped - sum(x > 0 for x in want_g)) <= len(P)
-    for p, a, v, e, a0, v0, w, nv, x in zip(P, anchors, drifts, E, A, V, want_W, want_V, want_g):
-        assert torch.equal(a, p)
-        assert_within_one_rounding(v, nv, 0, e, a0, v0)
-        assert_within_one_rounding(p, w, x * n / k, e, a0, v0, slack=neighbours(x, n / k, nv, e, a0))
+    def choose(move):
+        asked.append(move)
+        for tried in lengths:
+            move(tried)
+        return Length(lengths[-1], 1.0)
+
+    report, _, (outcome,) = end_cycle([batch], [], 50.0, choose)
+
+    assert len(asked) <= (lengths is not None)
+    assert sum(x > 1 / 256 for x in gates) * (length > 0) <= report.jumped <= len(P)
+    assert report.length in (0, length) and not outcome.reset
+    for i, (e, a, v, x, w) in enumerate(zip(E, A, V, gates, shares)):
+        assert torch.equal(anchors[i], P[i])
+        gated = gate is not None and float(v.double().norm()) > 0
+        ways = endings(e, a, v, x, w, gated, max(1 / (seen[i] + 1), 1 - b))
+        way = ended(P[i], estimates[i], e, a, v, length / k, ways)
+        assert outcome.noise[i] == pytest.approx(fold([*taken[i], way.share], k, momentum), rel=1e-9, abs=1e-15)
 
 
 def make_like(t: Tensor) -> Tensor:
@@ -117,11 +163,14 @@ def test_complex_tensors_jump_as_pairs_of_reals():
     V = V + 0.4 * (E - A)
     pairs = [torch.view_as_real(t) for t in (E, A, V)]
     rule = {"every": 3, "beta": 0.8, "gate": 0.4, "momentum": 0.5}
-    want, _, (gate,) = reference.end_cycle(*([t] for t in pairs), steps=9, seen=2, **rule)
-    p = E.clone()
-    report, _ = end_cycle([CycleBatch([p], [A.clone()], [V.clone()], [3], [2], horizon=9, start=0, **rule)], [])
+    want, (estimate,), (gate,), _ = reference.end_cycle(*([t] for t in pairs), [[1.0, 0.5]], length=9, **rule)
+    p, v = E.clone(), V.clone()
+    noise = [fold([1.0, 0.5], 3, 0.5)]
+    batch = CycleBatch([p], [A.clone()], [v], noise, [3], [2], horizon=9, start=0, limited=False, **rule)
+    report, *_ = end_cycle([batch], [], 9.0, lambda move: Length(0.0, 1.0))
     assert report.gate == pytest.approx(gate) and 0 < gate < 1
-    assert_within_one_rounding(torch.view_as_real(p), want[0], gate * 3, *pairs)
+    assert_within_one_rounding(torch.view_as_real(v), estimate, 0, *pairs)
+    assert_within_one_rounding(torch.view_as_real(p), want[0], gate * 3, *pairs, *pairs)
 
 
 @pytest.mark.parametrize("dtype", REAL)
@@ -171,51 +220,63 @@ kinds = st.lists(
 
 @given(
     kinds=kinds,
-    knobs=st.lists(knobs, min_size=1, max_size=2),
+    hyperparameters=st.lists(hyperparameters, min_size=1, max_size=2),
     implementation=st.sampled_from(["forloop", "foreach", "fused"]),
     start=st.integers(0, 9),
     seed=st.integers(0, 2**30),
 )
-def test_every_step_is_adamw_and_every_kth_is_the_reference(kinds, knobs, implementation, start, seed):
+def test_every_step_is_adamw_and_every_kth_is_the_reference(kinds, hyperparameters, implementation, start, seed):
     g = torch.Generator().manual_seed(seed)
     params = leaves(kinds, g)
     target = [make(p.shape, "contiguous", p.dtype, g, 1.0) for p in params]
     options = {"lr": 0.01, "foreach": implementation == "foreach", "fused": implementation == "fused"}
-    groups = [{"params": params[i :: len(knobs)], **knob} for i, knob in enumerate(knobs)]
+    groups = [
+        {"params": params[i :: len(hyperparameters)], **hyperparameter}
+        for i, hyperparameter in enumerate(hyperparameters)
+    ]
     groups = [group for group in groups if group["params"]]
     optimizer = ExtraAdam(groups, extra_start=start, **options)
     shadow = Shadow(params, **options)
     anchors = {p: p.detach().clone() for p in params}
-    drifts = {p: torch.zeros_like(p) for p in params}
+    estimates = {p: torch.zeros_like(p) for p in params}
+    taken: dict[Tensor, list[float]] = {p: [] for p in params}
 
     for t in range(1, 15):
         gradients(params, target, g)
         without_jump = dict(zip(params, shadow.step(params)))
         optimizer.step()
-        due = [group for group in optimizer.param_groups if t % group["extra_every"] == 0]
         for group in optimizer.param_groups:
             ps = group["params"]
             if t % group["extra_every"]:
                 assert all(torch.equal(p, without_jump[p]) for p in ps)
                 continue
-            k, n, gate = group["extra_every"], group["extra_steps"], group["extra_gate"]
-            b = averaging(k, n, group["extra_beta"])
-            lists = [[without_jump[p] for p in ps], [anchors[p] for p in ps], [drifts[p] for p in ps]]
-            rule = {"every": k, "steps": n, "beta": b, "gate": gate, "momentum": 0.9, "seen": t // k - 1}
-            want_W, want_V, gates = reference.end_cycle(*lists, **rule, jump=t >= start)
-            for p, w, v, x, (e, a0, v0) in zip(ps, want_W, want_V, gates, zip(*lists)):
-                assert_within_one_rounding(p, w, x * n / k, e, a0, v0, v0, slack=neighbours(x, n / k, v, e, a0))
-                if "extra_drift" in optimizer.state[p]:
-                    assert_within_one_rounding(optimizer.state[p]["extra_drift"], v, 0, e, a0, v0)
-        for group in due:
-            for p in group["params"]:
-                assert torch.equal(optimizer.state[p]["extra_anchor"], p)
+            k, n, b, gate = (group[f"extra_{key}"] for key in ("every", "steps", "beta", "gate"))
+            for p in ps:
+                e, a, v, state = without_jump[p], anchors[p], estimates[p], optimizer.state[p]
+                rule = {"every": k, "length": n, "beta": b, "gate": gate, "momentum": 0.9}
+                *_, (x,), (w,) = reference.end_cycle([e], [a], [v], [taken[p]], **rule, jump=t >= start)
+                gated = gate is not None and t >= start and float(v.double().norm()) > 0
+                ways = endings(e, a, v, x, w, gated, max(1 / (len(taken[p]) + 1), 1 - b))
+                way = ended(p, state.get("extra_estimate"), e, a, v, n / k, ways)
+                assert torch.equal(state["extra_anchor"], p)
+                taken[p].append(way.share)
                 anchors[p] = p.detach().clone()
-                drifts[p] = optimizer.state[p].get("extra_drift", torch.zeros_like(p)).clone()
+                if "extra_estimate" in state:
+                    estimates[p] = state["extra_estimate"].clone()
+                    noise = state["extra_noise_cov"], state["extra_noise_var"]
+                    assert noise == pytest.approx(fold(taken[p], k, 0.9), rel=1e-9)
+                else:
+                    assert b == 0 and gate is None and way.share == 1
 
 
-@given(kinds=kinds, knob=knobs, seed=st.integers(0, 2**30), stop=st.integers(0, 12), fused=st.booleans())
-def test_a_run_resumed_at_a_random_step_is_bit_equal(kinds, knob, seed, stop, fused):
+@given(
+    kinds=kinds,
+    hyperparameter=hyperparameters,
+    seed=st.integers(0, 2**30),
+    stop=st.integers(0, 12),
+    fused=st.booleans(),
+)
+def test_a_run_resumed_at_a_random_step_is_bit_equal(kinds, hyperparameter, seed, stop, fused):
     g = torch.Generator().manual_seed(seed)
     params = leaves(kinds, g)
     target = [make(p.shape, "contiguous", p.dtype, g, 1.0) for p in params]
@@ -228,7 +289,7 @@ def test_a_run_resumed_at_a_random_step_is_bit_equal(kinds, knob, seed, stop, fu
             optimizer.step()
         noise[0] = g.get_state()
 
-    optimizer = ExtraAdam(params, lr=0.01, fused=fused, **knob)
+    optimizer = ExtraAdam(params, lr=0.01, fused=fused, **hyperparameter)
     train(params, optimizer, stop)
     file = io.BytesIO()
     torch.save({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
@@ -257,7 +318,7 @@ file = sys.argv[1]
 results = []
 for case in torch.load(file, weights_only=True):
     params = [torch.nn.Parameter(p) for p in case["params"]]
-    optimizer = ExtraAdam(params)
+    optimizer = ExtraAdam(params, extra_watch=False)
     optimizer.load_state_dict(case["optimizer"])
     for grads in case["grads"]:
         for p, grad in zip(params, grads):
@@ -270,18 +331,19 @@ torch.save(results, file + ".resumed")
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_run_resumed_in_a_new_process_is_bit_equal_at_every_offset_in_a_cycle(tmp_path, fused):
-    knobs = [
-        {"extra_every": 3, "extra_steps": 9},
-        {"extra_every": 7, "extra_steps": 21, "extra_beta": 0.0, "extra_gate": None},
-        {"extra_every": 4, "extra_steps": 8, "extra_beta": 0.5, "extra_gate": None, "extra_start": 5},
+    hyperparameters = [
+        {"extra_every": 3, "extra_steps": 9, "extra_kl": None},
+        {"extra_every": 3, "extra_steps": 60, "extra_watch": False},
+        {"extra_every": 7, "extra_steps": 21, "extra_beta": 0.0, "extra_gate": None, "extra_kl": None},
+        {"extra_every": 4, "extra_steps": 8, "extra_beta": 0.5, "extra_gate": None, "extra_start": 5, "extra_kl": None},
     ]
     cases, wanted = [], []
-    for knob in knobs:
-        for stop in range(2 * knob["extra_every"] + 1):
+    for hyperparameter in hyperparameters:
+        for stop in range(2 * hyperparameter["extra_every"] + 1):
             g = torch.Generator().manual_seed(stop)
             params = [torch.nn.Parameter(torch.randn(s, generator=g).to(d)) for s, d in
                       [((4, 3), torch.float32), ((17,), torch.bfloat16), ((), torch.float64)]]  # fmt: skip
-            optimizer = ExtraAdam(params, lr=0.02, fused=fused, **knob)
+            optimizer = ExtraAdam(params, lr=0.02, fused=fused, **hyperparameter)
             grads = [
                 [(1 + 0.3 * torch.randn(p.shape, generator=g)).to(p.dtype) for p in params] for _ in range(stop + 9)
             ]
@@ -306,7 +368,8 @@ def test_a_run_resumed_in_a_new_process_is_bit_equal_at_every_offset_in_a_cycle(
 def test_the_papers_setting_is_lookahead_with_alpha_above_one(k, n):
     g = torch.Generator().manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.ones(9)), torch.nn.Parameter(torch.ones(2, 3))] for _ in range(2))
-    optimizer = ExtraAdam(ours, lr=1e-2, extra_every=k, extra_steps=n, extra_beta=0.0, extra_gate=None)
+    rule = {"extra_every": k, "extra_steps": n, "extra_beta": 0.0, "extra_gate": None, "extra_kl": None}
+    optimizer = ExtraAdam(ours, lr=1e-2, **rule)
     adamw, slow = torch.optim.AdamW(theirs, lr=1e-2), [p.detach().clone() for p in theirs]
     for t in range(1, 3 * k + 2):
         for p, q in zip(ours, theirs):
