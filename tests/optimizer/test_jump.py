@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 
 import pytest
 import torch
 
 from extraopt import ExtraAdam, JumpReport
+from extraopt.wrap import Extra
 
-PAPER = {"extra_every": 5, "extra_steps": 20, "extra_beta": 0.0, "extra_gate": None}  # and extra_kl=None, as below
+PAPER = {"extra_every": 5, "extra_steps": 20, "extra_beta": 0.0, "extra_gate": None}
 
 
 def model(*shapes: tuple[int, ...], seed: int = 0, **hyperparameters):
+    """Tensors and an optimizer of them, whose jumps are N steps long unless said."""
     g = torch.Generator().manual_seed(seed)
     params = [torch.nn.Parameter(torch.randn(s, generator=g)) for s in shapes or [(4, 3), (5,)]]
     return params, ExtraAdam(params, lr=0.01, **{"extra_kl": None, **hyperparameters})
@@ -41,9 +45,9 @@ def test_cycles_end_every_k_applied_steps():
 def test_nothing_jumps_in_the_first_cycle_with_a_gate(k):
     params, optimizer = model(extra_every=k, extra_steps=6)
     run(params, optimizer, k)
-    assert optimizer.last_jump.gate == 0 and optimizer.last_jump.jumped == 0
+    assert optimizer.last_jump.gate == optimizer.last_jump.length == 0 and optimizer.last_jump.jumped == 0
     run(params, optimizer, k)
-    assert optimizer.last_jump.gate == 1 and optimizer.last_jump.jumped == 2
+    assert optimizer.last_jump.gate == 1 and optimizer.last_jump.jumped == 2 and optimizer.last_jump.length == 6
 
 
 def test_last_jump_tells_what_was_done_and_cannot_be_written():
@@ -54,7 +58,8 @@ def test_last_jump_tells_what_was_done_and_cannot_be_written():
     report = optimizer.last_jump
     moved = torch.cat([(p.detach() - a).flatten() for p, a in zip(params, anchor)]).double()  # (1 + N/k) * D
     assert isinstance(report, JumpReport)
-    assert (report.step, report.gate, report.jumped, report.refused) == (5, 1.0, 2, 0)
+    assert (report.step, report.length, report.gate, report.jumped, report.refused) == (5, 20.0, 1.0, 2, 0)
+    assert math.isnan(report.kl) and math.isnan(report.fall)  # nothing was measured
     assert report.drift_norm == pytest.approx(float(moved.norm()) / 5, rel=1e-4)
     before = torch.cat([(a + (p.detach() - a) / 5).flatten() for p, a in zip(params, anchor)]).double()
     assert report.weight_norm == pytest.approx(float(before.norm()), rel=1e-4)
@@ -147,6 +152,71 @@ def test_a_tensor_that_stood_still_or_is_new_does_not_ride_on_the_coherence_of_t
     assert 0 < optimizer.last_jump.gate < 1 and optimizer.last_jump.jumped == 1
     assert torch.equal(still, w)
     assert float(optimizer.state[late]["step"]) == 3 and optimizer.last_jump.step == 9
+
+
+def lengths(optimizer, params, cycles: int) -> list[float]:
+    """How far the first cycles jumped."""
+    found = []
+    for _ in range(cycles):
+        run(params, optimizer, optimizer.param_groups[0]["extra_every"])
+        found.append(optimizer.last_jump.length)
+    return found
+
+
+@pytest.mark.parametrize("steps, length", [(200, 20), (12, 12), (0, 0)])
+def test_without_a_model_to_watch_jumps_are_short_and_said_so_once(steps, length):
+    params, optimizer = model(extra_every=3, extra_steps=steps, extra_kl=0.02)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if steps:
+            assert lengths(optimizer, params, 5) == [0, *[length] * 4]
+            report = optimizer.last_jump
+            assert math.isnan(report.kl) and math.isnan(report.fall) and report.gate == 1 and report.jumped == 2
+            assert optimizer.param_groups[0]["extra_length"] == 1.5  # nothing was found out
+        else:
+            run(params, optimizer, 15)
+    said = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert len(said) == (steps > 0)
+    assert all(f"jumps are at most {length} steps long" in text and "extra_watch=False" in text for text in said)
+
+
+@pytest.mark.parametrize("kind", ["ExtraAdam", "Extra", "a copy", "loaded", "unwatched"])
+def test_with_extra_watch_false_jumps_are_short_and_nothing_is_said(kind):
+    options = {"extra_every": 3, "extra_steps": 60, "extra_kl": 0.02, "extra_watch": kind == "unwatched"}
+    params, optimizer = model(**options)
+    if kind == "Extra":
+        optimizer = Extra(torch.optim.AdamW(params, lr=0.01), **options)
+    elif kind == "unwatched":
+        optimizer.unwatch()
+    elif kind == "loaded":  # what was saved does not say what there is to watch here
+        optimizer.load_state_dict(model(**{**options, "extra_watch": True})[1].state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if kind == "a copy":
+            run(params, optimizer, 1)
+            params, optimizer = copy.deepcopy((params, optimizer))
+            run(params, optimizer, 2)
+            assert lengths(optimizer, params, 2) == [20, 20]
+        else:
+            assert lengths(optimizer, params, 3) == [0, 20, 20]
+    assert not optimizer._trust.watch.watching
+
+
+@pytest.mark.parametrize("kl", [0.02, None])
+def test_without_a_trust_region_a_jump_is_all_of_the_horizon(kl):
+    params, optimizer = model(extra_every=3, extra_steps=60, extra_kl=kl, extra_watch=False)
+    assert lengths(optimizer, params, 4) == ([0, 60, 60, 60] if kl is None else [0, 20, 20, 20])
+
+
+def test_a_group_with_a_trust_region_does_not_limit_one_without():
+    (a, b), _ = model()
+    groups = [{"params": [a], "extra_kl": None}, {"params": [b]}]
+    optimizer = ExtraAdam(groups, lr=0.01, weight_decay=0, extra_every=3, extra_steps=60, extra_watch=False)
+    run([a, b], optimizer, 3)
+    before = [p.detach().clone() for p in (a, b)]
+    run([a, b], optimizer, 3)
+    moved = [float((p.detach() - q).abs().mean()) for p, q in zip((a, b), before)]
+    assert moved == pytest.approx([0.63, 0.23], rel=1e-3) and optimizer.last_jump.length == 60
 
 
 def test_a_horizon_set_to_zero_and_back_jumps_one_cycle_far():

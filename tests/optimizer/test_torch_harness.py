@@ -47,11 +47,13 @@ from torch.testing._internal.common_optimizers import (
 from torch.testing._internal.common_utils import TestCase, parametrize
 
 from extraopt import ExtraAdam
+from extraopt.hyperparameters import DEFAULTS
+from extraopt.trust import UNWATCHED
 
 # importing torch's test utilities forbids torch.backends.* = ... for the rest of the process; other tests need it
 torch.backends.__allow_nonbracketed_mutation_flag = True
 
-KNOBS = ("extra_every", "extra_steps", "extra_beta", "extra_gate", "extra_start", "extra_offload")
+HYPERPARAMETERS = tuple(DEFAULTS)
 ADAMW = next(info for info in optim_db if info.optim_cls is AdamW)
 REDUCED = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -60,9 +62,12 @@ def _error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
     wrong = {
         "extra_every": (0, -1, 2.5, "3", True),
         "extra_steps": (-1, 0.5, None),
-        "extra_beta": (-0.1, 1.0, float("nan"), "0.9"),
+        "extra_beta": (-0.1, 1.0, float("nan"), "0.9", None),
         "extra_gate": (0.0, -1.0, 1.5, float("nan"), False),
         "extra_start": (-1, 1.5, None),
+        "extra_kl": (0.0, -1.0, float("nan"), float("inf"), False),
+        "extra_fall": (0.0, -1.0, float("nan"), None),
+        "extra_watch": (1, None, "yes"),
         "extra_offload": (1, None, "yes"),
     }
     return optim_error_inputs_func_adamw(device, dtype) + [
@@ -81,26 +86,26 @@ def _error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
 
 
 class Rule(OptimizerInfo):
-    """ExtraAdam with knobs on top of each of torch's inputs for AdamW, under a name of its own in the test's name."""
+    """ExtraAdam with hyperparameters on top of each of torch's inputs for AdamW, under a name of its own."""
 
-    def __init__(self, rule: str, **knobs: Any) -> None:
+    def __init__(self, rule: str, **hyperparameters: Any) -> None:
         def inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
             return [
-                OptimizerInput(params=None, kwargs={**i.kwargs, **knobs}, desc=i.desc)
+                OptimizerInput(params=None, kwargs={**i.kwargs, **hyperparameters}, desc=i.desc)
                 for i in optim_inputs_func_adamw(device, dtype)
             ]
 
-        every, horizon = knobs.get("extra_every", 10), knobs.get("extra_steps", 50)
-        # AdamW's own tolerance of 5e-3, times how far a jump carries the noise of one step
-        beta = knobs.get("extra_beta", 1 - every / (2 * horizon))
-        half = 5e-3 * (1 + horizon / every * (1 - beta))
+        every, horizon = hyperparameters.get("extra_every", 10), hyperparameters.get("extra_steps", UNWATCHED)
+        # AdamW's own tolerance of 5e-3, times how far a jump carries the noise of one step: with an open gate
+        # the newest drift is the estimate
+        half = 5e-3 * (1 + horizon / every)
         super().__init__(
             ExtraAdam,
             optim_inputs_func=inputs,
             optim_error_inputs_func=_error_inputs,
             scheduler_inputs=ADAMW.scheduler_inputs,
             supported_impls=ADAMW.supported_impls,
-            not_og_supported_flags=(*ADAMW.not_og_supported_flags, *KNOBS),
+            not_og_supported_flags=(*ADAMW.not_og_supported_flags, *HYPERPARAMETERS),
             supports_fused_on=ADAMW.supports_fused_on,
             has_capturable_arg=ADAMW.has_capturable_arg,
             decorators=[
@@ -113,7 +118,7 @@ class Rule(OptimizerInfo):
             ],
         )
         self.rule = rule
-        self.knobs = knobs
+        self.hyperparameters = hyperparameters
         # two cycles, since a gated rule does not jump in the first, and a step more
         self.steps = 2 * every + 1
 
@@ -123,10 +128,10 @@ class Rule(OptimizerInfo):
 
 
 RULES = [
-    Rule("default"),
-    Rule("k3", extra_every=3, extra_steps=15),
-    Rule("k7", extra_every=7, extra_steps=35),
-    Rule("k7_paper", extra_every=7, extra_steps=35, extra_beta=0.0, extra_gate=None),
+    Rule("default", extra_watch=False),
+    Rule("k3", extra_every=3, extra_steps=15, extra_kl=None),
+    Rule("k7", extra_every=7, extra_steps=35, extra_kl=None),
+    Rule("k7_paper", extra_every=7, extra_steps=35, extra_beta=0.0, extra_gate=None, extra_kl=None),
 ]
 
 
@@ -228,7 +233,7 @@ class TestTorchHarness(TestCase):
         for constructors in optim_info.scheduler_inputs:
             weight, bias, x = _linear(device, dtype)
             groups = [{"params": [weight]}, {"params": [bias], "lr": 0.01}]
-            optimizer = optim_info.optim_cls(groups, **optim_info.knobs)
+            optimizer = optim_info.optim_cls(groups, **optim_info.hyperparameters)
             schedulers = [constructor(optimizer) for constructor in constructors]
             closure = functools.partial(_forward_backward, optimizer, weight, bias, x)
             initial = closure().item()
@@ -336,8 +341,8 @@ class TestTorchHarness(TestCase):
                 self.assertEqual(first.state[p].keys(), second.state[q].keys())
                 for key, value in first.state[p].items():
                     if not torch.is_tensor(value):
-                        # a gate may be another by half precision's roundings: the weights show whether that matters
-                        if key != "extra_ratio" or p.dtype.itemsize > 2:
+                        # a gate may be another by half precision's roundings, and so how much of the drift is taken in
+                        if not key.startswith("extra_noise_") or p.dtype.itemsize > 2:
                             self.assertEqual(value, second.state[q][key])
                         continue
                     if key == "step" and assert_step_dtype is not None:
@@ -444,7 +449,7 @@ class TestTorchHarness(TestCase):
     def test_fused_error_on_params_on_meta(self, device, dtype, optim_info):
         with torch.device("meta"):
             model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Sigmoid(), torch.nn.Linear(3, 1)).to(dtype)
-        optimizer = optim_info.optim_cls(model.parameters(), fused=True, **optim_info.knobs)
+        optimizer = optim_info.optim_cls(model.parameters(), fused=True, **optim_info.hyperparameters)
         for p in model.parameters():
             p.grad = torch.rand_like(p)
         with self.assertRaisesRegex(RuntimeError, "`fused=True` requires all the params to be floating point Tensors"):
@@ -521,7 +526,7 @@ class TestTorchHarness(TestCase):
             before = still.detach().clone()
             kwargs = {"lr": 1e-3, **optim_input.kwargs}
             optimizer = optim_info.optim_cls(
-                [{"params": [weight, bias], **kwargs}, {"params": [still]}], lr=1e-28, **optim_info.knobs
+                [{"params": [weight, bias], **kwargs}, {"params": [still]}], lr=1e-28, **optim_info.hyperparameters
             )
             losses = []
             for _ in range(optim_info.steps):
@@ -563,7 +568,7 @@ class TestTorchHarness(TestCase):
         for optim_input in _get_optim_inputs_including_global_cliquey_kwargs(device, dtype, optim_info):
             params = [Parameter(torch.randn(2, 3, device=device, dtype=dtype)) for _ in range(2)]
             printed = repr(optim_info.optim_cls(params, **optim_input.kwargs))
-            for name in KNOBS:
+            for name in HYPERPARAMETERS:
                 self.assertIn(f"    {name}: ", printed)
 
     @parametrize("is_named_optim0", [True, False])
@@ -627,7 +632,7 @@ class TestTorchHarness(TestCase):
                     group.pop(flag, None)
             optimizer.load_state_dict(old)
             self._train(optimizer, model, x, optim_info.steps)
-            for name in KNOBS:  # a checkpoint that lacks a knob leaves it
+            for name in HYPERPARAMETERS:  # a checkpoint that lacks a hyperparameter leaves it
                 expected = optim_input.kwargs.get(name, optimizer.defaults[name])
                 self.assertEqual(optimizer.param_groups[0][name], expected)
 
@@ -915,7 +920,7 @@ class TestTorchHarness(TestCase):
         p, grad = (torch.rand(5, device=device, dtype=dtype) for _ in range(2))
         for names in (("lr",), ("weight_decay",), ("lr", "weight_decay")):
             values = [torch.tensor(0.01, dtype=dtype, device=device, requires_grad=True) for _ in names]
-            kwargs = {**optim_info.knobs, "differentiable": True}
+            kwargs = {**optim_info.hyperparameters, "differentiable": True}
             self.assertTrue(gradcheck(two_steps, (p, grad, kwargs, names, *values)))
 
     @optims(RULES, dtypes=[torch.float64])
@@ -923,12 +928,12 @@ class TestTorchHarness(TestCase):
         """The jump is a constant to autograd: gradients of the weights after it are AdamW's over the same steps."""
 
         def run(
-            cls: type[Optimizer], knobs: dict[str, Any], shifts: list[Tensor] | None
+            cls: type[Optimizer], hyperparameters: dict[str, Any], shifts: list[Tensor] | None
         ) -> tuple[Tensor, list[Tensor]]:
             start = torch.linspace(-1, 1, 6, dtype=dtype, device=device, requires_grad=True)
             grads = torch.linspace(1, 2, 6, dtype=dtype, device=device)
             p = start.clone()
-            optimizer = cls([p], lr=0.01, differentiable=True, **knobs)
+            optimizer = cls([p], lr=0.01, differentiable=True, **hyperparameters)
             path = []
             for i in range(optim_info.steps):
                 p.grad = grads * start
@@ -942,7 +947,7 @@ class TestTorchHarness(TestCase):
 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            gradient, path = run(optim_info.optim_cls, optim_info.knobs, None)
+            gradient, path = run(optim_info.optim_cls, optim_info.hyperparameters, None)
             _, without = run(AdamW, {}, None)
             expected, _ = run(AdamW, {}, path)
         self.assertNotEqual(path[-1], without[-1])

@@ -23,7 +23,7 @@ from contract import (  # noqa: E402
     CHECKS,
     EVERY,
     FLAGS,
-    KNOBS,
+    HYPERPARAMETERS,
     STEPS,
     clones,
     give_gradients,
@@ -37,10 +37,10 @@ from helpers import assert_same  # noqa: E402
 from extraopt import ExtraAdam  # noqa: E402
 from extraopt.wrap import Extra  # noqa: E402
 
-RULE: dict[str, Any] = {"extra_every": EVERY, "extra_steps": STEPS}
+RULE: dict[str, Any] = {"extra_every": EVERY, "extra_steps": STEPS, "extra_kl": None}
 PAPER: dict[str, Any] = {**RULE, "extra_beta": 0.0, "extra_gate": None}
 RULES = {"gated": RULE, "ungated": {**RULE, "extra_gate": None}, "paper": PAPER}
-KEYS = {"extra_anchor", "extra_drift", "extra_step", "extra_origin"}
+KEYS = {"extra_anchor", "extra_estimate", "extra_step", "extra_origin", "extra_noise_cov", "extra_noise_var"}
 
 Base = Callable[[Sequence[Tensor]], Optimizer]
 
@@ -88,14 +88,14 @@ def based(name: str, params: Sequence[Tensor]) -> Optimizer:
     return base
 
 
-def wrapped(name: str, params: Sequence[Tensor], **knobs: Any) -> Extra:
-    return Extra(based(name, params), **{**RULE, **knobs})
+def wrapped(name: str, params: Sequence[Tensor], **hyperparameters: Any) -> Extra:
+    return Extra(based(name, params), **{**RULE, **hyperparameters})
 
 
 def make(base: type[Optimizer], params: Any, **options: Any) -> Extra:
     """As the constructor of ExtraAdam, for the contract."""
-    knobs = {key: options.pop(key) for key in list(options) if key.startswith("extra_")}
-    return Extra(base(params, **options), **knobs)
+    hyperparameters = {key: options.pop(key) for key in list(options) if key.startswith("extra_")}
+    return Extra(base(params, **options), **hyperparameters)
 
 
 # --- the rule --------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ GENERAL = [
     "a_parameter_with_rare_gradients_has_its_own_phase",
     "going_back_to_a_checkpoint_forgets_what_came_after",
     "hooks_fire_once_and_in_order",
-    "knobs_come_from_the_checkpoint",
+    "hyperparameters_come_from_the_checkpoint",
     "no_state_before_the_first_gradient",
     "no_state_for_parameters_without_gradients",
     "one_call_for_each_group_is_one_step",
@@ -150,8 +150,8 @@ def test_around_adamw_the_run_differs_from_extra_adam(rule, flags):
         leaves = parameters()
         # autograd may not write a leaf in place, so a differentiable step needs tensors that are not leaves
         params: Any = [p.clone() for p in leaves] if flags.get("differentiable") else leaves
-        knobs = RULES[rule] if make is ExtraAdam else {}
-        optimizer = make(params, **{"lr": 0.01, **copy.deepcopy(flags), **knobs})
+        hyperparameters = RULES[rule] if make is ExtraAdam else {}
+        optimizer = make(params, **{"lr": 0.01, **copy.deepcopy(flags), **hyperparameters})
         warm_up = lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, t / 4))
         ends = []
         for step in range(5 * EVERY):
@@ -226,7 +226,7 @@ def test_a_base_with_low_precision_weights_gets_anchors_of_another_form():
         optimizer = wrapped("SGD with momentum", params)
         train(optimizer, params, range(2 * EVERY))
         for p in params:
-            for key in "extra_anchor", "extra_drift":
+            for key in "extra_anchor", "extra_estimate":
                 assert (optimizer.state[p][key].dtype, optimizer.state[p][key].shape) == (dtype, p.shape)
         assert optimizer.last_jump.jumped == 2
 
@@ -237,7 +237,7 @@ def test_a_base_with_low_precision_weights_gets_anchors_of_another_form():
 @pytest.mark.parametrize("offset", range(EVERY))
 @pytest.mark.parametrize("name", BASES)
 def test_a_resumed_run_is_another_run(name, offset):
-    """Through a file, read with weights_only, into an optimizer with other knobs."""
+    """Through a file, read with weights_only, into an optimizer with other hyperparameters."""
     whole, first = weights(), weights()
     optimizer, before = wrapped(name, whole), wrapped(name, first)
     stop = 2 * EVERY + offset
@@ -302,7 +302,7 @@ def test_a_checkpoint_of_the_base_alone_fails_or_jumps_across_the_load(name):
         torch.testing.assert_close(p, q + STEPS / EVERY * (q - start), rtol=1e-4, atol=1e-5)
 
 
-def test_knobs_that_a_checkpoint_lacks_are_those_of_another_group():
+def test_hyperparameters_that_a_checkpoint_lacks_are_those_of_another_group():
     params = weights()
     state = torch.optim.SGD([{"params": [p]} for p in params]).state_dict()
     optimizer = Extra(torch.optim.SGD([{"params": params[:1], "extra_every": 7}, {"params": params[1:]}]), **RULE)
@@ -328,10 +328,10 @@ def test_a_base_that_has_stepped_before_it_was_wrapped_loses_its_state():
 
 def test_a_checkpoint_of_extra_adam_or_for_it_starts_another_run():
     whole = weights()
-    train(ExtraAdam(whole, **KNOBS), whole, range(4 * EVERY))
+    train(ExtraAdam(whole, **HYPERPARAMETERS), whole, range(4 * EVERY))
     for first, second in (ExtraAdam, partial(make, torch.optim.AdamW)), (partial(make, torch.optim.AdamW), ExtraAdam):
         params = weights()
-        before, after = first(params, **KNOBS), second(params, **KNOBS)
+        before, after = first(params, **HYPERPARAMETERS), second(params, **HYPERPARAMETERS)
         train(before, params, range(2 * EVERY + 1))
         after.load_state_dict(through_a_file(before.state_dict()))
         train(after, params, range(2 * EVERY + 1, 4 * EVERY))
@@ -344,9 +344,12 @@ def test_a_refused_checkpoint_changes_the_optimizer():
     train(optimizer, params, range(EVERY + 1))
     train(other, others, range(EVERY + 1))
     twins, twin = copy.deepcopy((params, optimizer))
-    wrong_knob = copy.deepcopy(optimizer.state_dict())
-    wrong_knob["param_groups"][0]["extra_every"] = 0
-    for state, message in (other.state_dict(), "parameter 1 in group 0 has shape"), (wrong_knob, "extra_every"):
+    wrong_hyperparameter = copy.deepcopy(optimizer.state_dict())
+    wrong_hyperparameter["param_groups"][0]["extra_every"] = 0
+    for state, message in (
+        (other.state_dict(), "parameter 1 in group 0 has shape"),
+        (wrong_hyperparameter, "extra_every"),
+    ):
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(state)
     assert optimizer.state is optimizer.base_optimizer.state
@@ -392,7 +395,7 @@ def test_the_template_step_of_distributed_checkpoint_becomes_the_anchor():
         assert_same(list(first.parameters()), list(second.parameters()))
 
 
-# --- groups and knobs ------------------------------------------------------------------------------------------------
+# --- groups and hyperparameters --------------------------------------------------------------------------------------
 
 
 def test_the_base_and_its_wrapper_disagree_about_their_groups():
@@ -412,18 +415,20 @@ def test_the_base_and_its_wrapper_disagree_about_their_groups():
     assert base.param_groups[1]["lr"] == 0.25
 
 
-@pytest.mark.parametrize("knobs", [{"extra_every": 0}, {"extra_steps": -1}, {"extra_gate": 2.0}, {"extra_beta": 1.0}])
-def test_a_wrong_knob_is_taken_or_spoils_the_base(knobs):
-    (p, q), name = weights(), next(iter(knobs))
+@pytest.mark.parametrize(
+    "hyperparameters", [{"extra_every": 0}, {"extra_steps": -1}, {"extra_gate": 2.0}, {"extra_beta": 1.0}]
+)
+def test_a_wrong_hyperparameter_is_taken_or_spoils_the_base(hyperparameters):
+    (p, q), name = weights(), next(iter(hyperparameters))
     base = torch.optim.SGD([p])
     before = copy.deepcopy((base.defaults, base.param_groups))
     with pytest.raises(ValueError, match=name):
-        Extra(base, **knobs)
+        Extra(base, **hyperparameters)
     with pytest.raises(ValueError, match=name):
-        Extra(torch.optim.SGD([{"params": [p], **knobs}]))
+        Extra(torch.optim.SGD([{"params": [p], **hyperparameters}]))
     assert (base.defaults, base.param_groups[0].keys()) == (before[0], before[1][0].keys())
     with pytest.raises(ValueError, match=name):
-        Extra(base).add_param_group({"params": [q], **knobs})
+        Extra(base).add_param_group({"params": [q], **hyperparameters})
     assert len(base.param_groups) == 1
 
 
