@@ -217,7 +217,9 @@ def test_adapters_that_a_resume_casts_to_float32_keep_their_bfloat16_anchors(tmp
     assert resumed.watch.ends == [6, 9, 12] and resumed.optimizer.last_jump.jumped == 4
     for run, dtype in (whole, torch.bfloat16), (resumed, torch.float32):
         for p, state in run.optimizer.state.items():
-            assert {p.dtype, state["exp_avg"].dtype, state["extra_anchor"].dtype, state["extra_drift"].dtype} == {dtype}
+            assert {p.dtype, state["exp_avg"].dtype, state["extra_anchor"].dtype, state["extra_estimate"].dtype} == {
+                dtype
+            }
             assert p.isfinite().all()
 
 

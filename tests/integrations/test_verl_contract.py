@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,19 +166,6 @@ def test_a_state_that_is_offloaded_between_steps_takes_another_path(iteration: i
     same_run(here, moved)
 
 
-def test_a_state_that_is_offloaded_loses_a_roll_back():
-    """report() keeps numbers in the groups and a ratio for each parameter, beside tensors that are replaced."""
-    engines = Engine(), Engine(offload=True)
-    for engine in engines:
-        for number in range(14):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
-                taken_back = engine.optimizer.report(1.0 + 0.001 * (number % 2) - (number >= 9))
-            assert taken_back == (number == 11), "three values after the jump are below those before it"
-            engine.train([number])
-    same_run(*engines)
-
-
 @pytest.mark.parametrize("jump", [False, True])
 def test_a_parameter_without_gradients_is_given_an_empty_state_and_fails_later(tmp_path: Path, jump: bool):
     def train(engine: Engine, steps: range) -> None:
@@ -239,9 +225,11 @@ def test_a_warm_up_from_a_learning_rate_of_zero_shifts_the_cycles(offload: bool,
     engine.train(range(K))
     adamw.train(range(K))
     assert_same(list(engine.model.parameters()), list(adamw.model.parameters()))
-    for p, start in zip(engine.model.parameters(), tiny_model().parameters()):  # b is 1/2, and all steps count
-        drift = engine.optimizer.state[p]["extra_drift"]
-        torch.testing.assert_close(drift, 0.5 * (p - start).detach(), rtol=1e-4, atol=1e-8)
+    for p, start in zip(
+        engine.model.parameters(), tiny_model().parameters()
+    ):  # the first drift is the estimate, and all steps count
+        estimate = engine.optimizer.state[p]["extra_estimate"]
+        torch.testing.assert_close(estimate, (p - start).detach(), rtol=1e-4, atol=1e-8)
     engine.train(range(K, 4 * K))
     assert ends(engine) == [K, 2 * K, 3 * K, 4 * K] and engine.reports[-1].jumped > 0
 
@@ -332,5 +320,5 @@ def rank_offload(rank: int, folder: str) -> list[JumpReport]:
 
 def test_shards_that_are_offloaded_or_pickled_rank_by_rank_take_another_path(ranks: Ranks, tmp_path: Path):
     first, second = ranks.run(rank_offload, str(tmp_path / "checkpoint"))
-    assert first == second and first[-1].jumped > 0
+    assert list(map(repr, first)) == list(map(repr, second)) and first[-1].jumped > 0
     assert [report.step for report in first] == [3, 6, 11, 14]
