@@ -99,6 +99,18 @@ def measure_amd(asm: dict, itemsize: int) -> dict:
     return result | count(accesses, "^dwordx4$", narrow)
 
 
+def missing(target: str) -> str | None:
+    """What Triton lacks here to compile for a target: before 3.4 it runs ROCm's linker, which is not in its wheel."""
+    if target.startswith("gfx"):
+        from triton.backends.amd.compiler import HIPBackend
+
+        try:
+            getattr(HIPBackend, "path_to_rocm_lld", lambda: None)()
+        except Exception as error:
+            return str(error)
+    return None
+
+
 def main() -> None:
     run = triton.JITFunction.run
     measured = set()
@@ -115,6 +127,9 @@ def main() -> None:
 
     triton.JITFunction.run = compile_only
     for device, target in enumerate(sys.argv[1:]):
+        if reason := missing(target):
+            print(json.dumps({"target": target, "missing": reason}))
+            continue
         # it takes as long to disassemble as to compile, and the PTX has the same widths: one target will do
         disassemble = target == "sm_90"
         amd = target.startswith("gfx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -17,6 +18,15 @@ from extraopt import ExtraAdam
 STEPS = 11
 # SequentialLR's own
 pytestmark = pytest.mark.filterwarnings("error", "ignore:The epoch parameter in `scheduler.step")
+
+
+def skip_without_plain_state(name: str) -> None:
+    """Before torch 2.10 SWALR's state holds a function."""
+    scheduler = SCHEDULERS[name](AdamW(tiny_model().parameters()))
+    try:
+        reload(scheduler.state_dict())
+    except UnpicklingError:
+        pytest.skip(f"no checkpoint read with weights_only holds the {name} of torch {torch.__version__}")
 
 
 class Scheduled:
@@ -71,6 +81,7 @@ def test_a_scheduled_run_counts_other_steps_or_resumes_with_another_path(
     name: str, rule: dict[str, Any], lr: Any
 ) -> None:
     """Learning rates are AdamW's under the same schedule; cycles are counted in steps of the optimizer."""
+    skip_without_plain_state(name)
     theirs = Scheduled(SCHEDULERS[name], lr, AdamW).train(range(STEPS))
     whole = Scheduled(SCHEDULERS[name], lr, **rule).train(range(STEPS))
     assert whole.lrs == theirs.lrs and len(set(whole.lrs)) > 1
@@ -80,7 +91,9 @@ def test_a_scheduled_run_counts_other_steps_or_resumes_with_another_path(
         resumed = Scheduled(SCHEDULERS[name], lr, **rule).resume(whole.states[stop]).train(range(stop, STEPS))
         assert resumed.lrs == whole.lrs[stop:] and resumed.ends == [end for end in whole.ends if end > stop]
         assert_same_run(whole.model, whole.optimizer, resumed.model, resumed.optimizer)
-        assert_same(resumed.scheduler.state_dict(), whole.scheduler.state_dict())
+        # not that of the whole run: before torch 2.10 SequentialLR resumes with another first lr, if that is a tensor
+        resumed_theirs = Scheduled(SCHEDULERS[name], lr, AdamW).resume(theirs.states[stop]).train(range(stop, STEPS))
+        assert_same(resumed.scheduler.state_dict(), resumed_theirs.scheduler.state_dict())
 
 
 @pytest.mark.parametrize("held", [1, 2, 3, 4])
@@ -145,6 +158,7 @@ def test_a_group_that_its_schedule_holds_still_shifts_the_other() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)
 def test_averaged_weights_that_are_swapped_in_and_out_change_the_run(rule: dict[str, Any]) -> None:
     """torch.optim.swa_utils: an evaluation of the average in mid-cycle, after which the weights are put back."""
+    skip_without_plain_state("SWALR")
 
     def run(swap: bool) -> tuple[Scheduled, list[float]]:
         one = Scheduled(SCHEDULERS["SWALR"], **rule)

@@ -49,6 +49,11 @@ def of_library(module: str, name: str, **options: Any) -> Base:
     return lambda params: getattr(pytest.importorskip(module), name)(params, **options)
 
 
+def of_torch(name: str, **options: Any) -> Base:
+    kind = getattr(torch.optim, name, None)
+    return partial(kind, **options) if kind else lambda params: pytest.skip(f"torch {torch.__version__} has no {name}")
+
+
 BASES: dict[str, Base] = {
     "SGD": partial(torch.optim.SGD, lr=0.01),
     "SGD with momentum": partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True),
@@ -65,7 +70,7 @@ BASES: dict[str, Base] = {
     "Adadelta": partial(torch.optim.Adadelta, lr=1.0),
     "Adagrad": partial(torch.optim.Adagrad, lr=0.01),  # its state is there before the first step
     "Adafactor": partial(torch.optim.Adafactor, lr=0.01),
-    "Muon": partial(torch.optim.Muon, lr=0.01),
+    "Muon": of_torch("Muon", lr=0.01),
     "transformers' Adafactor": of_library(
         "transformers.optimization", "Adafactor"
     ),  # lr=None, and a Python int for step
