@@ -8,7 +8,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # options of examples/grpo_smollm2.py, given as `make demo MODEL=... DATASET=... STEPS=...`
 DEMO = $(foreach option,MODEL DATASET STEPS LR SEED OUT,$(if $($(option)),--$(shell echo $(option) | tr A-Z a-z) $($(option))))
 
-.PHONY: demo test test-slow bench bench-gpu support lint clean
+.PHONY: demo test test-slow test-torch bench bench-gpu support lint clean
 
 demo: .venv/demo.done
 	.venv/bin/python examples/grpo_smollm2.py $(DEMO)
@@ -19,6 +19,23 @@ test: .venv/test.done
 
 test-slow: .venv/test.done
 	.venv/bin/pytest -m slow --timeout 3600 $(ARGS)
+
+# With another torch, in an environment of its own (5 to 7 GB): make test-torch VERSION=2.9.1 PYTHON=python3.12
+# What the optimizer and its kernels (by Triton's interpreter) promise: the rule, golden files, states, torch's own
+# harness, compiled steps, schedulers, other optimizers. Nothing of it needs transformers: tests that can use it skip.
+# Pins hold but for torch, triton and numpy: the interpreters of older Tritons break with numpy 2.4.
+TORCH_ENV = .venv-torch-$(VERSION)-py$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+
+test-torch:
+	@test -n "$(VERSION)" || { echo "which torch? make test-torch VERSION=2.9.1"; exit 2; }
+	$(PYTHON) -m venv $(TORCH_ENV)
+	grep -vE '^(torch|triton|numpy)==' constraints.txt > $(TORCH_ENV)/constraints.txt
+	$(TORCH_ENV)/bin/pip --disable-pip-version-check install --quiet --constraint $(TORCH_ENV)/constraints.txt \
+		--editable . torch==$(VERSION) 'numpy>=2,<2.4' setuptools \
+		pytest pytest-timeout pytest-xdist hypothesis expecttest schedulefree
+	$(TORCH_ENV)/bin/pytest -m "not slow" -n 2 --dist loadfile --junitxml build/$(TORCH_ENV).xml \
+		tests/optimizer tests/kernels $(ARGS); status=$$?; \
+	$(if $(ARGS),,$(TORCH_ENV)/bin/python benchmarks/compatibility.py build/$(TORCH_ENV).xml;) exit $$status
 
 bench: .venv/test.done
 	.venv/bin/python benchmarks/step.py --json benchmarks/results/step.json
@@ -52,4 +69,4 @@ lint: .venv/test.done
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-torch-* build dist *.egg-info
