@@ -4,7 +4,7 @@
     python benchmarks/grpo_llm.py --preset qwen --json FILE     # a GPU and the hub
     python benchmarks/grpo_llm.py --preset paper --json FILE    # the paper's model and settings
     python benchmarks/grpo_llm.py --report FILE                 # table and picture of what FILE has
-    python benchmarks/grpo_llm.py --report FILE --readme        # and the table in the README
+    python benchmarks/grpo_llm.py --report FILE --page          # and the table in docs/results.md
 
 The trainer is TRL's own. Each run is written to FILE when it ends and is not repeated; one that was cut off resumes
 from its last checkpoint. A run's curve is the mean reward of each step's completions, sampled before the step; its
@@ -51,7 +51,7 @@ assert spec and spec.loader
 demo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- made by benchmarks/grpo_llm.py -->", "<!-- end of grpo_llm -->"
 PAPER = {"extra_every": 20, "extra_steps": 100, "extra_beta": 0.0, "extra_gate": None, "extra_kl": None}
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -320,12 +320,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def report(rows: list[dict[str, Any]], path: Path, readme: bool = False) -> None:
+def report(rows: list[dict[str, Any]], path: Path, page: bool = False) -> None:
     picture(rows, path)
     print(table(rows))
-    if readme:
-        before, _, rest = README.read_text().partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
+    if page:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
 
 
 def main(
@@ -342,11 +342,11 @@ def main(
     report_file: Annotated[
         Path | None, typer.Option("--report", help="Only the table and picture of this file.")
     ] = None,
-    readme: Annotated[bool, typer.Option("--readme", help="Put the table of --report into the README.")] = False,
+    page: Annotated[bool, typer.Option("--page", help="Put the table of --report into docs/results.md.")] = False,
 ) -> None:
     """Train a language model by GRPO with each optimizer, and compare rewards."""
     if report_file is not None:
-        report(json.loads(report_file.read_text()), report_file.with_suffix(".png"), readme)
+        report(json.loads(report_file.read_text()), report_file.with_suffix(".png"), page)
         return
     if preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}")

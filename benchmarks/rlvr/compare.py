@@ -47,8 +47,9 @@ def _hash(path: Path) -> str:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
 
 
-LAB = _hash(Path(lab.__file__))
-RULE = 4  # raise it when the rule or its defaults change: then ExtraAdam's runs are made anew
+SAME_RUNS = {"431b3a860325": "a1c2fe42f2bb"}  # versions of lab.py whose runs are those of an older one, bit for bit
+LAB = SAME_RUNS.get(_hash(Path(lab.__file__)), _hash(Path(lab.__file__)))
+RULE = 5  # raise it when the rule or its defaults change: then ExtraAdam's runs are made anew
 
 
 def code(name: str) -> str:
@@ -66,7 +67,6 @@ STRONG = (
 )
 MORE = ("RL-Extra (100,100) kept", "RL-Extra (100,100) reset", "Outer Nesterov (0.7,0.5)", "EMA")
 LONG = ("RL-Extra (300,300) kept", "RL-Extra (300,300) reset")
-TOLD = ("ExtraAdam, told the reward",)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Cell:
 
 Run = tuple[Cell, str, float, int]
 CELLS = (
-    Cell("addition", "GRPO", 512, "full", 240, (3e-5, 1e-4, 3e-4, 1e-3), STRONG + MORE + TOLD, (1e-4, 3e-4)),
-    Cell("addition", "GRPO", 64, "full", 400, (1e-5, 3e-5, 1e-4, 3e-4), STRONG + MORE + LONG + TOLD, (3e-5, 1e-4)),
+    Cell("addition", "GRPO", 512, "full", 240, (3e-5, 1e-4, 3e-4, 1e-3), STRONG + MORE, (1e-4, 3e-4)),
+    Cell("addition", "GRPO", 64, "full", 400, (1e-5, 3e-5, 1e-4, 3e-4), STRONG + MORE + LONG, (3e-5, 1e-4)),
     Cell("addition", "GRPO", 512, "LoRA", 160, (3e-4, 1e-3, 3e-3), STRONG[:2], (1e-3,)),
     Cell("addition", "REINFORCE++", 512, "full", 160, (1e-4, 3e-4, 1e-3), STRONG[:2], (3e-4,)),
     Cell("addition", "GSPO", 512, "full", 160, (3e-5, 1e-4, 3e-4), STRONG[:2], (3e-4,)),

@@ -1,7 +1,7 @@
 """Tables and pictures of a comparison, from its result file alone.
 
 python benchmarks/rlvr/report.py benchmarks/results/rlvr.json             # tables beside it, rlvr.md, and pictures
-python benchmarks/rlvr/report.py benchmarks/results/rlvr.json --readme    # and the table in the README
+python benchmarks/rlvr/report.py benchmarks/results/rlvr.json --page      # and the table in docs/results.md
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 BEGIN, END = "<!-- made by benchmarks/rlvr/report.py -->", "<!-- end -->"
 
 
@@ -248,7 +248,7 @@ def overview(cells: list[Cell], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--readme", action="store_true", help="put the summary into the README")
+    parser.add_argument("--page", action="store_true", help="put the summary into docs/results.md")
     args = parser.parse_args()
     cells = read(args.results)
     text = "\n\n".join(["# The comparison, cell by cell", summary(cells), *map(details, cells)]) + "\n"
@@ -259,9 +259,9 @@ def main() -> None:
         picture(cell, folder / f"{i}-{cell.name.split(',')[0]}.png")
     overview(cells, folder / "overview.png")
     print(summary(cells))
-    if args.readme:
-        before, _, rest = README.read_text().partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{summary(cells)}\n{END}{rest.partition(END)[2]}")
+    if args.page:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{summary(cells)}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

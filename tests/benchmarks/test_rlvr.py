@@ -31,9 +31,8 @@ def rlvr() -> Iterator[SimpleNamespace]:
         import optimizers
         import rare
         import report
-        import study
 
-        yield SimpleNamespace(compare=compare, lab=lab, optimizers=optimizers, rare=rare, report=report, study=study)
+        yield SimpleNamespace(compare=compare, lab=lab, optimizers=optimizers, rare=rare, report=report)
 
 
 @pytest.fixture(autouse=True)
@@ -105,51 +104,6 @@ def test_every_optimizer_of_the_grid_trains_and_shows_its_weights(rlvr: SimpleNa
             assert steps == {1}
 
 
-def test_the_rule_of_the_study_is_extra_adam_where_nothing_is_switched(rlvr: SimpleNamespace, small) -> None:
-    task, policy = small
-    ends = []
-    for name in "ExtraAdam", "default":
-        model = copy.deepcopy(policy)
-        trained = rlvr.study.build(name, model, 1e-3)
-        generator = torch.Generator().manual_seed(4)
-        for _ in range(50):
-            ((loss, _),) = rlvr.lab.losses(model, task, "cross-entropy", 64, generator)
-            trained.optimizer.zero_grad()
-            loss().backward()
-            trained.step()
-        ends.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
-    started = torch.nn.utils.parameters_to_vector(policy.parameters()).detach()
-    assert float((ends[0] - ends[1]).norm()) < 0.02 * float((ends[0] - started).norm())
-
-
-def test_a_rule_of_the_study_fails_at_its_first_jump(rlvr: SimpleNamespace, small) -> None:
-    _, policy = small
-    for name in rlvr.study.RULES:
-        model = copy.deepcopy(policy)
-        trained = rlvr.study.build(name, model, 1e-3, steps=60)
-        generator = torch.Generator().manual_seed(5)
-        slopes = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
-        for _ in range(31):  # steep, so that gates open
-            for p, slope in zip(model.parameters(), slopes):
-                p.grad = slope + 0.3 * torch.randn(p.shape, generator=generator)
-            trained.step()
-        ended, begun = (torch.nn.utils.parameters_to_vector(m.parameters()).detach() for m in (model, policy))
-        assert bool(ended.isfinite().all()) and float((ended - begun).norm()) > 0, name
-
-
-def test_the_study_tells_a_reward_in_place_of_the_entropy(rlvr: SimpleNamespace, small) -> None:
-    task, policy = small
-    grpo = rlvr.lab.ALGORITHMS["GRPO"]
-    both = rlvr.lab.generate, rlvr.study.entropic
-    rollouts, told = (generate(policy, task, grpo, 64, torch.Generator().manual_seed(0)) for generate in both)
-    assert torch.equal(rollouts.answers, told.answers) and 0 <= rollouts.reward <= 1
-    counted = [-float(logp) for logp, counts in zip(told.logp.flatten(), told.counts.flatten()) if counts]
-    assert told.reward == pytest.approx(sum(counted) / len(counted), rel=1e-4) and told.reward > 0.1
-    trained = rlvr.study.build(rlvr.study.TOLD, copy.deepcopy(policy), 1e-3)
-    trained.tell(told.reward)
-    assert trained.optimizer.param_groups[0]["extra_reports"][3:5] == pytest.approx((1, told.reward))
-
-
 def test_the_grid_is_run_once_each_and_learning_rates_reach_past_the_best(rlvr: SimpleNamespace) -> None:
     runs = rlvr.compare.runs(rlvr.compare.CELLS, rlvr.compare.SEEDS)
     assert len({rlvr.compare._key(*run) for run in runs}) == len(runs)
@@ -198,7 +152,7 @@ def test_on_addition_it_beats_adamw_at_the_same_learning_rate_and_does_not_colla
 
 def test_the_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -> None:
     report = rlvr.report
-    table = report.README.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+    table = report.PAGE.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
     cells = report.read(FOLDER.parent / "results" / "rlvr.json")
     assert table.strip() == report.summary(cells)
 
@@ -206,7 +160,7 @@ def test_the_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -
 def test_rows_of_machines_that_round_differently_are_not_put_into_one_file(rlvr: SimpleNamespace, tmp_path: Path):
     """Pre-training ended elsewhere, and a rule seemed to end 0.15 higher because its policy had begun higher."""
     file = tmp_path / "rows.json"
-    for name in "rlvr.json", "rlvr-held-out.json", "rlvr-study.json", "rare.json":
+    for name in "rlvr.json", "rlvr-held-out.json", "rare.json":
         rows = json.loads((FOLDER.parent / "results" / name).read_text())
         rlvr.compare.write(rows, file)
         whole = file.read_bytes()
@@ -229,7 +183,7 @@ def test_the_language_models_table_in_the_readme_is_that_of_the_results(rlvr: Si
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER.parent))
         import grpo_llm
-    table = grpo_llm.README.read_text().partition(grpo_llm.BEGIN)[2].partition(grpo_llm.END)[0]
+    table = grpo_llm.PAGE.read_text().partition(grpo_llm.BEGIN)[2].partition(grpo_llm.END)[0]
     rows = json.loads((FOLDER.parent / "results" / "grpo_llm.json").read_text())
     assert table.strip() == grpo_llm.table(rows)
 

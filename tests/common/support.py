@@ -1,4 +1,4 @@
-"""The README's table of where ExtraAdam is tested, made from what the tests themselves reported.
+"""The table of where ExtraAdam is tested, made from what the tests themselves reported.
 
     make test ARGS="--junitxml build/tests.xml" && .venv/bin/python tests/common/support.py build/tests.xml
 
@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- made by tests/common/support.py -->", "<!-- end of support -->"
 
 # where; tests; by whom they are run; known limits
@@ -113,7 +113,7 @@ def table(found: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    before, _, rest = README.read_text().partition(BEGIN)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
     made = table(outcomes(sys.argv[1:]))
-    README.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
+    PAGE.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
     print(made)

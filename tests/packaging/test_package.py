@@ -98,6 +98,6 @@ def test_the_core_imports_neither_tools_nor_integrations():
 def test_the_readme_lists_other_places_than_are_tested():
     import support
 
-    _, _, rest = support.README.read_text().partition(support.BEGIN)
+    _, _, rest = support.PAGE.read_text().partition(support.BEGIN)
     rows = rest.partition(support.END)[0].strip().splitlines()[2:]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [where for where, *_ in support.ROWS]
