@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
 from .hyperparameters import DEFAULTS, check_hyperparameters
-from .mixin import CycleMixin, momentum_of, unhooked_step
+from .mixin import CycleMixin, Ending, momentum_of, unhooked_step
 from .schedule import FAR, read_counters
 from .state import all_or_nothing, check_cycle, check_group, copy_to_place, here, modernize, opaque, upgraded
 
@@ -32,7 +33,8 @@ class ExtraAdam(AdamW, CycleMixin):
             &\rule{110mm}{0.4pt}                                                                 \\
             &\textbf{input}      : \text{all of AdamW's}, \; k \text{ (extra\_every)}, \;
                 N \text{ (extra\_steps)}, \; b \text{ (extra\_beta)},                            \\
-            &\hspace{13mm}      \gamma \text{ (extra\_gate)}, \; s \text{ (extra\_start)}        \\
+            &\hspace{13mm}      \gamma \text{ (extra\_gate)}, \; s \text{ (extra\_start)}, \;
+                \delta \text{ (extra\_kl)}, \; \epsilon_f \text{ (extra\_fall)}                    \\
             &\textbf{initialize} : A \leftarrow \theta_0 \text{ (anchor)}, \;
                 V \leftarrow 0 \text{ (drift estimate)}                                          \\[-1.ex]
             &\rule{110mm}{0.4pt}                                                                 \\
@@ -43,14 +45,17 @@ class ExtraAdam(AdamW, CycleMixin):
             &\hspace{10mm}g \leftarrow \mathrm{clip} \Big(
                 \frac{\cos(D, V) - c}{\gamma \, (1 - c)}, \, 0, \, 1 \Big)
                 \text{ to the nearest } 1/256; \; 1 \text{ if } \gamma = \text{None}              \\
-            &\hspace{10mm}H \leftarrow N \, j / (j + 1) \text{ for } j \text{ drifts in } V
-                ; \; N \text{ if } \gamma = \text{None}                                          \\
-            &\hspace{10mm}V' \leftarrow b V + (1 - b) D                                          \\
+            &\hspace{10mm}w \leftarrow \max(1 / (j + 1), \, 1 - b, \, g^2)
+                \text{ for } j \text{ drifts in } V                                             \\
+            &\hspace{10mm}V \leftarrow V + w \, (D - V)                                           \\
             &\hspace{10mm}r \leftarrow (1 - g) \min(1, \, 100 \, \lVert D \rVert / \lVert \theta_t \rVert)
                 \text{ to the nearest } 1/256                                                    \\
-            &\hspace{10mm}\textbf{if} \: t \geq s \text{ and, with a gate, } D \neq 0, \: V \neq 0: \;
-                \theta_t \leftarrow \theta_t + g \, (H / k) \, V' - r \, D / 2                     \\
-            &\hspace{10mm}V \leftarrow V'                                                       \\
+            &\hspace{10mm}\theta(h) = \theta_t - r \, D / 2 + g \, (h / k) \, V                      \\
+            &\hspace{10mm}h \leftarrow \text{the longest tried}, \leq N, \text{ with KL}
+                (p_{\theta(0)} \Vert \, p_{\theta(h)}) \leq \delta
+                \text{ and fall} \leq \epsilon_f; \; N \text{ if } \delta = \text{None}               \\
+            &\hspace{10mm}\textbf{if} \: t \geq s \text{ and, with a gate, } V \text{ was not } 0: \;
+                \theta_t \leftarrow \theta(h)                                                       \\
             &\hspace{10mm}A \leftarrow \theta_t                                                  \\
             &\rule{110mm}{0.4pt}                                                          \\[-1.ex]
             &\bf{return} \:  \theta_t                                                     \\[-1.ex]
@@ -60,21 +65,27 @@ class ExtraAdam(AdamW, CycleMixin):
     :math:`t` counts *applied* steps of each parameter (its ``state["step"]``): a step that a gradient scaler skips does
     not count. Each tensor has a gate of its own. It begins to open where the drift agrees with the estimate more than
     it would if gradients were pure noise: momentum alone makes drifts agree by :math:`c`, which follows from :math:`k`,
-    :math:`b`, :math:`\beta_1` and the number of drifts in the estimate (:func:`~extraopt.gate.momentum_coherence`;
-    at the defaults 0.52 for one drift, falling to 0.16). As far as the gate is shut the tensor retreats, by half of its
-    drift at most: the mean of anchor and weights, as in Lookahead, holds less noise than the weights. A drift below a
-    hundredth of the weights is taken back in proportion less: so small a noise does no harm, but to retreat from it
-    costs learning. A gated tensor that did not move in this cycle, or has no estimate yet, stays where AdamW put it; so
-    nothing jumps in the first cycle. The horizon grows with the drifts in the estimate, because the first ones mislead:
-    a half of :math:`N` at the first jump, two thirds at the second; with :math:`b = 1 - k / N` a straight path never
-    jumps further ahead than its estimate had looked back. Moments are kept over a jump.
+    :math:`\beta_1` and the weights :math:`w` that the estimate was made with (:func:`~extraopt.gate.averaged_noise`; at
+    the defaults 0.52 after a first drift, 0.2 for a long average). As far as the gate is shut the tensor retreats, by
+    half of its drift at most: the mean of anchor and weights, as in Lookahead, holds less noise than the weights. Of a
+    drift below a hundredth of the weights the retreat is in proportion less: so small a noise does no harm, but to
+    retreat from it costs learning. On a clean path the estimate is the newest drift, on a noisy one an average. A
+    tensor without an estimate stays where AdamW put it; so nothing jumps in the first cycle. Moments are kept.
 
-    ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None`` is the rule of RL-Extra in `Linear Dynamics in
-    the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and an outer SGD step
-    (DiLoCo, SNOO) with learning rate :math:`1 + N/k` and no momentum. With :math:`b > 0` and an open gate the rule is
-    an outer momentum step of the same family: the drift of :math:`j` cycles ago moves the weights by
-    :math:`(N/k)(1-b)b^j`, on top of the newest drift itself. With a shut gate it lies between
-    AdamW and Lookahead with :math:`\alpha = 1/2`.
+    **The trust region.** All tensors that are due share one length :math:`h`. In the last step of a cycle the inputs of
+    the model's training forward pass are remembered; within ``step`` the model runs on them again, in eval mode and
+    without gradients, at :math:`\theta(0)` and at one to three lengths. The first is twice the length before. Two
+    limits hold, over the positions at which two tokens or more have a probability of 1 %: the mean KL divergence, and
+    the mean of the largest fall of a plausible token's log-probability, since KL hardly sees what is seldom said. The
+    model is found at its first training forward pass, or named by :meth:`watch`; where none can be watched, jumps are
+    at most 20 steps long and a warning says so. Under ``torch.distributed`` all ranks take one decision.
+
+    ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None, extra_kl=None`` is the rule of RL-Extra in
+    `Linear Dynamics in the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and
+    an outer SGD step (DiLoCo, SNOO) with learning rate :math:`1 + N/k` and no momentum. With an estimate and an open
+    gate
+    the rule is an outer momentum step of the same family; with a shut gate it lies between AdamW and Lookahead with
+    :math:`\alpha = 1/2`.
 
     Args:
         params (iterable): parameters, named parameters or dicts of parameter groups, as for
@@ -93,36 +104,42 @@ class ExtraAdam(AdamW, CycleMixin):
         fused (bool, optional): AdamW's fused implementation (default: None)
         extra_every (int, optional): :math:`k`, applied steps in a cycle, >= 1 (default: 10). After changing it during
             training call :meth:`reset_anchor`.
-        extra_steps (int, optional): :math:`N`, steps to jump at the end of a cycle, >= 0, once the estimate has seen
-            many; 0 is AdamW, bit for bit, with no extra state (default: 200)
-        extra_beta (float, optional): :math:`b`, averaging of the drift over cycles, in [0, 1); None is
-            :math:`\max(0, 1 - k / N)`, 0.95 at the defaults (default: None)
+        extra_steps (int, optional): :math:`N`, the longest jump in steps, >= 0; 0 is AdamW, bit for bit, with no extra
+            state (default: 200)
+        extra_beta (float, optional): :math:`b`, averaging of the drift over cycles, in [0, 1) (default: 0.9)
         extra_gate (float, optional): :math:`\gamma`, the part of the way from momentum's coherence to 1 at which a gate
             is fully open, in (0, 1]; None keeps all gates open (default: 0.5)
         extra_start (int, optional): applied steps before the first jump or retreat is allowed, >= 0 (default: 0)
+        extra_kl (float, optional): :math:`\delta`, the largest mean KL divergence by a jump, in nats, > 0; None is no
+            trust region: every jump is :math:`N` steps long (default: 0.02, what PPO's clip of 0.2 allows)
+        extra_fall (float, optional): :math:`\epsilon_f`, the largest mean fall of a plausible token's log-probability
+            by a jump, in nats, > 0; inf is no such limit (default: 0.3)
+        extra_watch (bool, optional): find the model at its first training forward pass and watch its outputs; False
+            watches nothing unless :meth:`watch` is called (default: True)
         extra_offload (bool, optional): keep anchors and estimates of tensors on a GPU in pinned host memory, and pass
             them through two buffers of 64 MiB at the end of a cycle; same weights, bit for bit (default: False)
 
     Shapes:
         ``state[p]`` holds AdamW's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights before the
-        cycle), ``extra_drift`` (:math:`V`; absent for ``extra_beta=0, extra_gate=None``), both of the shape, dtype,
-        device (but for ``extra_offload``) and layout of ``p``, and ``extra_origin`` (int, the applied step from which
-        its cycles are counted). For :meth:`report` there is ``extra_ratio`` beside ``extra_drift`` (float, the last
-        jump in multiples of :math:`V`) and, in the groups, ``extra_scale`` (float, jumps are so many times as long) and
-        ``extra_reports`` (6 floats).
+        cycle), ``extra_estimate`` (:math:`V`; absent for the paper's rule), both of the shape, dtype, device (but for
+        ``extra_offload``) and layout of ``p``, ``extra_origin`` (int, the applied step from which its cycles are
+        counted), and ``extra_noise_cov``, ``extra_noise_var`` (float, what :math:`c` follows from). The groups hold
+        ``extra_length`` (float, what the last search found).
 
     Loading:
-        ``load_state_dict`` takes the state of an ExtraAdam or of an AdamW. Knobs come from the state, as all options of
-        a torch optimizer do, but for ``extra_offload``, which stays as it is here; those that the state lacks keep this
-        optimizer's values. A parameter that comes without an anchor starts a new cycle at its next step.
+        ``load_state_dict`` takes the state of an ExtraAdam or of an AdamW. Hyperparameters come from the state, as all
+        options of a torch optimizer do, but for ``extra_offload`` and ``extra_watch``, which stay as they are here;
+        those that the state lacks keep this optimizer's values. A parameter that comes without an anchor starts a new
+        cycle at its next step.
 
     Raises:
-        ValueError: a knob outside its range; a loaded state whose cycles no step could go on from, such as an anchor of
-            another shape than its parameter (the optimizer is left as it was).
+        ValueError: a hyperparameter outside its range; a loaded state whose cycles no step could go on from, such as an
+            anchor of another shape than its parameter (the optimizer is left as it was).
         RuntimeError: sparse gradients.
 
     Warns:
         RuntimeWarning: a step is captured in a CUDA graph.
+        RuntimeWarning: the model can't be watched, or failed on its inputs; says why and what to do. Once each.
         RuntimeWarning: a tensor was refused because its weights, anchor or drift are not finite or its jump could
             overflow its dtype. Its weights are left as AdamW made them and a new cycle starts from there.
 
@@ -229,10 +246,10 @@ class ExtraAdam(AdamW, CycleMixin):
         """Add a group, whose parameters start a cycle of their own at their first step.
 
         Args:
-            param_group (dict): ``params`` and options, the ``extra_*`` knobs among them.
+            param_group (dict): ``params`` and options, the ``extra_*`` hyperparameters among them.
 
         Raises:
-            ValueError: a knob outside its range.
+            ValueError: a hyperparameter outside its range.
         """
         if "extra_every" in self.defaults and isinstance(param_group, dict):  # not yet in AdamW's constructor
             param_group.update(check_hyperparameters({**self.defaults, **param_group}))
@@ -266,9 +283,11 @@ class ExtraAdam(AdamW, CycleMixin):
         self._quiet = self._schedule.quiet(self.param_groups, self.state) and not _capturing(self._schedule.params[0])
         if self._quiet:
             return
-        self._stepped = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        fresh = self._begin_cycles(self._stepped)
-        for group, params in zip(self.param_groups, self._stepped):
+        if self._schedule.unchanged(self.param_groups, self.state):
+            return
+        stepped = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        fresh = self._begin_cycles(stepped)
+        for group, params in zip(self.param_groups, stepped):
             if any(p in fresh and not self.state.get(p) for p in params):
                 # AdamW's entries come first: it makes none where others are. A compiled step must find all of them, or
                 # it is compiled twice.
@@ -281,8 +300,7 @@ class ExtraAdam(AdamW, CycleMixin):
         if self._quiet:
             self._schedule.count()
         else:
-            self._end_due_cycles(self._stepped)
-            del self._stepped
+            self._end_due_cycles()
         self._trust.watch.armed = self._schedule.near
 
     @torch.no_grad()
@@ -304,13 +322,18 @@ class ExtraAdam(AdamW, CycleMixin):
         if self._schedule.quiet(self.param_groups, self.state):
             self._schedule.count()
             return
-        self._end_due_cycles([[p for p in group["params"] if p.grad is not None] for group in self.param_groups])
+        self._end_due_cycles()
 
-    def _end_due_cycles(self, stepped: list[list[Tensor]]) -> None:
+    def _end_due_cycles(self) -> None:
         """Read the step counters of the parameters that a step has moved, and end their cycles where they are due."""
-        anchored = [[p for p in params if "extra_anchor" in self.state.get(p, ())] for params in stepped]
-        everything = [p for params in anchored for p in params]
-        if everything and _capturing(everything[0]):
+        if self._schedule.unchanged(self.param_groups, self.state):
+            stepped = [[pair for pair in pairs if pair[0].grad is not None] for pairs in self._schedule.stepped]
+        else:
+            moved = ([p for p in group["params"] if p.grad is not None] for group in self.param_groups)
+            pairs_of = ([(p, self.state.get(p, {})) for p in params] for params in moved)
+            stepped = [[(p, state) for p, state in pairs if "extra_anchor" in state] for pairs in pairs_of]
+        everything = list(chain.from_iterable(stepped))
+        if everything and _capturing(everything[0][0]):
             warnings.warn(
                 "extraopt: a step is captured in a CUDA graph, which ends no cycles. Call end_due_cycles() after each "
                 "replay.",
@@ -318,29 +341,26 @@ class ExtraAdam(AdamW, CycleMixin):
                 stacklevel=3,
             )
             return
-        counters = [self.state[p]["step"] for p in everything]
-        steps = dict(zip(everything, read_counters(counters)))
-        left, due, ended = FAR, [], self._schedule.ended
-        for group, params in zip(self.param_groups, anchored):
+        steps = read_counters([state["step"] for _, state in everything])
+        step_of = iter(steps)
+        left, due, before, ended = FAR, [], self._schedule.ended, {}
+        for group, pairs in zip(self.param_groups, stepped):
             every = group["extra_every"]
-            ends = {}
-            for p in params:
-                elapsed = steps[p] - self.state[p]["extra_origin"]
+            ends: list[Ending] = []
+            for (p, state), step in zip(pairs, step_of):
+                elapsed = step - state["extra_origin"]
                 left = min(left, every - elapsed % every)
-                if ended.get(p) == steps[p]:  # a step that was skipped, or not counted any more
+                if elapsed <= 0 or elapsed % every:
                     continue
-                ended.pop(p, None)
-                if elapsed > 0 and elapsed % every == 0:
-                    ends[p] = steps[p]
+                ended[id(p)] = step
+                if before.get(id(p)) != step:  # else a step that was skipped, or is not counted any more
+                    ends.append((p, state, step))
             due.append((group, ends))
-        first = (self.state[everything[0]], steps[everything[0]]) if everything else None
-        batches = self._batches(due)
         found_inf = getattr(self, "found_inf", None)
-        if batches and not (found_inf is not None and bool(found_inf)):  # a step that was skipped ends no cycle
-            self._end(batches)
-            for _, ends in due:
-                ended.update(ends)
-        self._schedule.keep(self.param_groups, self.state, left, first)
+        if any(ends for _, ends in due) and not (found_inf is not None and bool(found_inf)):
+            self._end(self._batches(due))
+        self._schedule.ended = ended
+        self._schedule.keep(self.param_groups, self.state, left, stepped, steps[0] if steps else 0)
 
     def _applied_steps(self, p: Tensor) -> int:
         state = self.state.get(p)
@@ -350,9 +370,10 @@ class ExtraAdam(AdamW, CycleMixin):
         state["step"] = state["step"].clone()
         return int(state["step"])
 
-    def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], dict[Tensor, int]]]:
-        """Each group with those of its parameters that have an anchor, and their applied steps."""
+    def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], list[Ending]]]:
         for group in self.param_groups:
-            params = [p for p in group["params"] if "extra_anchor" in self.state.get(p, ())]
-            if params:
-                yield group, dict(zip(params, read_counters([self.state[p]["step"] for p in params])))
+            pairs = [(p, self.state.get(p, {})) for p in group["params"]]
+            anchored = [(p, state) for p, state in pairs if "extra_anchor" in state]
+            if anchored:
+                steps = read_counters([state["step"] for _, state in anchored])
+                yield group, [(p, state, step) for (p, state), step in zip(anchored, steps)]

@@ -32,6 +32,7 @@ def momentum_of(group: Mapping[str, Any]) -> float:
     return min(max(momentum, 0.0), 0.9999) if momentum == momentum else 0.0
 
 
+Ending = tuple[Tensor, dict[str, Any], int]  # a parameter, its state, its applied steps
 _PROFILED = Optimizer.profile_hook_step(len).__code__
 
 
@@ -103,8 +104,8 @@ class CycleMixin:
         self._trust.watch.detach()
         self._trust.quietly = True
 
-    def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], dict[Tensor, int]]]:
-        """Each group with those of its parameters that have an anchor, and their applied steps."""
+    def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], list[Ending]]]:
+        """Each group with those of its parameters that have an anchor."""
         raise NotImplementedError
 
     def _moving(self, params: Iterable[Tensor]) -> AbstractContextManager[None]:
@@ -137,7 +138,7 @@ class CycleMixin:
                         self._schedule.waiting.remove(p)
                         state["extra_anchor"].copy_(p.detach())
                 elif group["extra_steps"]:
-                    self._schedule.ended.pop(p, None)
+                    self._schedule.ended.pop(id(p), None)
                     fresh[p] = {
                         "extra_anchor": new_anchor(p, group["extra_offload"]),
                         "extra_origin": self._applied_steps(p),
@@ -153,30 +154,32 @@ class CycleMixin:
         for p, entries in fresh.items():
             self.state[p].update(entries)
 
-    def _restart(self, p: Tensor, every: int, step: int, taken_in: int) -> None:
+    def _restart(self, p: Tensor, state: dict[str, Any], every: int, step: int, taken_in: int) -> None:
         # A new cycle begins here. The estimate goes on, so the drifts that it has taken in still count as cycles since
         # the origin, as many as fit.
-        state = self.state[p]
         cycles = (step - state["extra_origin"]) // every + taken_in
         state["extra_origin"] = max(step - cycles * every, step % every)
         self._schedule.waiting.discard(p)
 
-    def _batches(self, due: Iterable[tuple[dict[str, Any], Mapping[Tensor, int]]]) -> list[CycleBatch]:
-        """Parameters whose cycles end now, with their applied steps: one batch for all of the same hyperparameters."""
-        batches: dict[tuple[Any, ...], CycleBatch] = {}
-        for group, steps in due:
-            if not steps:
+    def _batches(
+        self, due: Iterable[tuple[dict[str, Any], list[Ending]]]
+    ) -> list[tuple[CycleBatch, list[dict[str, Any]]]]:
+        """Parameters whose cycles end now and their states, in one batch for all of the same hyperparameters."""
+        batches: dict[tuple[Any, ...], tuple[CycleBatch, list[dict[str, Any]]]] = {}
+        for group, ends in due:
+            if not ends:
                 continue
             every = group["extra_every"]
             rule = (
                 every, group["extra_steps"], group["extra_beta"], group["extra_gate"], group["extra_start"],
                 group["extra_kl"] is not None, momentum_of(group), group.get("differentiable") is True,
             )  # fmt: skip
-            batch = batches.get(rule)
-            if batch is None:
-                batch = batches[rule] = CycleBatch([], [], [] if keeps_estimate(group) else None, [], [], [], *rule)
-            for p, step in steps.items():
-                state = self.state[p]
+            if rule not in batches:
+                estimates: list[Tensor] | None = [] if keeps_estimate(group) else None
+                batches[rule] = CycleBatch([], [], estimates, [], [], [], *rule), []
+            batch, states = batches[rule]
+            states += [state for _, state, _ in ends]
+            for p, state, step in ends:
                 if group["extra_offload"]:
                     offload(state)
                 batch.params.append(p)
@@ -190,11 +193,12 @@ class CycleMixin:
                     batch.estimates.append(state["extra_estimate"])
         return list(batches.values())
 
-    def _end(self, batches: list[CycleBatch], searching: bool = True) -> None:
+    def _end(self, due: list[tuple[CycleBatch, list[dict[str, Any]]]], searching: bool = True) -> None:
+        batches = [batch for batch, _ in due]
+        params = [p for batch in batches for p in batch.params]
         groups = [group for group in self.param_groups if group["extra_kl"] is not None] or self.param_groups
         known = min(group["extra_length"] for group in groups)
-        params = [p for group in self.param_groups for p in group["params"] if "extra_anchor" in self.state.get(p, ())]
-        most = searching and 2 * sum(len(batch.params) for batch in batches) > len(params)
+        most = searching and 2 * len(params) > sum("extra_anchor" in state for state in self.state.values())
         limits = Limits(
             max(batch.horizon for batch in batches),
             min(group["extra_kl"] or float("inf") for group in groups),
@@ -204,26 +208,25 @@ class CycleMixin:
         def choose(move: Callable[[float], None]) -> Length:
             return self._trust.choose(move, params, known, limits, most)
 
-        with self._moving([p for batch in batches for p in batch.params]):
+        with self._moving(params):
             report, length, outcomes = end_cycle(batches, self._schedule.tables, max(2 * known, UNWATCHED), choose)
         self._last_jump[:] = [report]
         if length is not None:
             for group in self.param_groups:
                 group["extra_length"] = length.known
-        for batch, outcome in zip(batches, outcomes):
+        for (batch, states), outcome in zip(due, outcomes):
             if batch.estimates is not None:
-                for p, (cov, var) in zip(batch.params, outcome.noise):
-                    state = self.state[p]
+                for state, (cov, var) in zip(states, outcome.noise):
                     state["extra_noise_cov"], state["extra_noise_var"] = cov, var
             for i in outcome.reset:
-                self.state[batch.params[i]]["extra_origin"] = batch.steps[i]
+                states[i]["extra_origin"] = batch.steps[i]
         self._trust.watch.release()
 
     def _phases_changed(self) -> None:
         """Cycles have begun where no count of steps would have it: none that was just ended may end again."""
         self._schedule.reread()
-        for _, steps in self._anchored_steps():
-            self._schedule.ended.update(steps)
+        for _, ends in self._anchored_steps():
+            self._schedule.ended.update((id(p), step) for p, _, step in ends)
 
     @property
     def last_jump(self) -> JumpReport | None:
@@ -243,13 +246,13 @@ class CycleMixin:
             What was done, or None where there was nothing to do.
         """
         begun = []
-        for group, steps in self._anchored_steps():
+        for group, ends in self._anchored_steps():
             every = group["extra_every"]
-            begun.append((group, {p: n for p, n in steps.items() if (n - self.state[p]["extra_origin"]) % every}))
+            begun.append((group, [end for end in ends if (end[2] - end[1]["extra_origin"]) % every]))
         batches = self._batches(begun)
-        for group, steps in begun:
-            for p, step in steps.items():
-                self._restart(p, group["extra_every"], step, taken_in=1)
+        for group, ends in begun:
+            for p, state, step in ends:
+                self._restart(p, state, group["extra_every"], step, taken_in=1)
         self._phases_changed()
         if not batches:
             return None
@@ -263,8 +266,8 @@ class CycleMixin:
         Call it after weights were edited from outside (best model loaded, averaged weights swapped in, pruning): else
         the next jump extrapolates across the edit. The drift estimate is kept; the gate judges whether it still holds.
         """
-        for group, steps in self._anchored_steps():
-            for p, step in steps.items():
-                self.state[p]["extra_anchor"].copy_(p)
-                self._restart(p, group["extra_every"], step, taken_in=0)
+        for group, ends in self._anchored_steps():
+            for p, state, step in ends:
+                state["extra_anchor"].copy_(p)
+                self._restart(p, state, group["extra_every"], step, taken_in=0)
         self._phases_changed()

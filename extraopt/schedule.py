@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FAR = 1 << 62
+Stepped = tuple[Tensor, dict[str, Any]]  # a parameter and its state
 
 
 def read_counters(counters: Sequence[Tensor]) -> list[int]:
@@ -32,8 +33,10 @@ class Schedule:
 
     Attributes:
         waiting: parameters whose steps so far had a learning rate of 0: the first step that moves takes their anchor.
-        ended: applied steps at which cycles have ended, of parameters that may have taken none since.
+        ended: applied steps at which cycles have ended, by id of parameters that may have taken none since. To hash a
+            tensor takes as long as all else that is done for it.
         params: those of all groups when counters were last read.
+        stepped: of each group, the parameters that had an anchor and a gradient then, with their states.
         tables: the kernels' tables of each batch of tensors, kept from one end of a cycle to the next.
     """
 
@@ -43,9 +46,10 @@ class Schedule:
     def forget(self) -> None:
         """Start anew, as after a state was loaded."""
         self.waiting: set[Tensor] = set()
-        self.ended: dict[Tensor, int] = {}
+        self.ended: dict[int, int] = {}
         self.tables: list[Any] = []
         self.params: list[Tensor] = []
+        self.stepped: list[list[Stepped]] = []
         self._states: list[dict[str, Any]] = []
         self._idle: list[Tensor] = []
         self.reread()
@@ -59,7 +63,8 @@ class Schedule:
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Any, Any],
         left: int,
-        first: tuple[dict[str, Any], int] | None,
+        stepped: list[list[Stepped]],
+        first: int,
     ) -> None:
         """Remember that no cycle of the parameters that have a gradient now can end in fewer than `left` steps.
 
@@ -67,17 +72,20 @@ class Schedule:
             groups: the optimizer's.
             state: the optimizer's.
             left: 1 or more.
-            first: the state of one of them and its applied steps; None where there is none.
+            stepped: they and their states, by group.
+            first: applied steps of the first of them.
         """
         self.params = [p for group in groups for p in group["params"]]
         self._states = list(state.values())
         self._idle = [p for p in self.params if p.grad is None]
         self._settings = _settings(groups)
-        self._left, self._calls, self._first = left, 0, first
+        self.stepped = stepped
+        leader = next(chain.from_iterable(stepped), None)
+        self._left, self._calls, self._first = left, 0, None if leader is None else (leader[1], first)
 
     def quiet(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> bool:
         """Whether the next step surely begins no cycle and ends none. Never waits for a device."""
-        if self._left <= 1 or not self.params or self.waiting or self._settings != _settings(groups):
+        if self._left <= 1:
             return False
         if self._first is not None:
             counter, before = self._first[0].get("step"), self._first[1]
@@ -86,8 +94,15 @@ class Schedule:
             # reading it on a CPU is free, and notices edits from outside
             if counter.is_cpu and not 0 <= int(counter) - before <= self._calls:
                 return False
+        return self.unchanged(groups, state)
+
+    def unchanged(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> bool:
+        """Whether parameters, their states and what matters of their groups are as they were: then no cycle begins."""
         return (
-            sum(len(group["params"]) for group in groups) == len(self.params)
+            bool(self.params)
+            and not self.waiting
+            and self._settings == _settings(groups)
+            and sum(len(group["params"]) for group in groups) == len(self.params)
             and all(map(is_, chain.from_iterable(group["params"] for group in groups), self.params))
             and len(state) == len(self._states)
             and all(map(is_, state.values(), self._states))

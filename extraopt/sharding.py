@@ -13,8 +13,13 @@ def _is_dtensor(t: Any) -> bool:
     return hasattr(t, "to_local")  # importing the class would double the time of `import extraopt`
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 def local(tensors: Sequence[Any]) -> list[Tensor]:
     """The part of each tensor that lies on this rank: the tensor itself where it is no DTensor."""
+    if set(map(type, tensors)) <= _PLAIN:
+        return list(tensors)
     return [t.to_local() if _is_dtensor(t) else t for t in tensors]
 
 
@@ -24,6 +29,8 @@ def sum_over_shards(sums: Tensor, params: Sequence[Any]) -> Tensor:
     One all-reduce for each dimension of each mesh: [tensors of the mesh, 4] float64.
     """
     meshes: dict[Any, list[int]] = {}
+    if set(map(type, params)) <= _PLAIN:
+        return sums
     for i, p in enumerate(params):
         if _is_dtensor(p):
             meshes.setdefault(p.device_mesh, []).append(i)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .adam import ExtraAdam
 from .hyperparameters import DEFAULTS, check_hyperparameters
-from .mixin import CycleMixin, learning_rate_is_zero, momentum_of, unhooked_step
+from .mixin import CycleMixin, Ending, learning_rate_is_zero, momentum_of, unhooked_step
 from .state import (
     all_or_nothing,
     check_cycle,
@@ -50,35 +50,27 @@ class Extra(Optimizer, CycleMixin):
         base_optimizer (Optimizer): takes the real steps. Its parameters may be floating or complex tensors of any shape
             and layout, on any device, DTensors too. Any ``extra_*`` below that stands in one of its groups holds for
             that group.
-        extra_every (int, optional): :math:`k`, applied steps in a cycle, >= 1. After changing it during training call
-            :meth:`reset_anchor`.
-        extra_steps (int, optional): :math:`N`, steps to jump at the end of a cycle, >= 0; 0 is the base optimizer, bit
-            for bit, with no extra state
-        extra_beta (float, optional): :math:`b`, averaging of the drift over cycles, in [0, 1); None is
-            ExtraAdam's choice
-        extra_gate (float, optional): :math:`\gamma`, how coherent a path has to be for an open gate, in (0, 1]; None
-            keeps all gates open
-        extra_start (int, optional): applied steps before the first jump is allowed, >= 0
-        extra_offload (bool, optional): keep anchors and estimates of tensors on a GPU in pinned host memory
-
-    What they mean is said at ExtraAdam, whose defaults hold here.
+        extra_every, extra_steps, extra_beta, extra_gate, extra_start, extra_kl, extra_fall, extra_watch, extra_offload:
+            as of :class:`~extraopt.ExtraAdam`, whose defaults hold here. After changing ``extra_every`` during training
+            call :meth:`reset_anchor`.
 
     Shapes:
         ``state[p]`` holds the base optimizer's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights
-        before the cycle), ``extra_drift`` (:math:`V`; absent for ``extra_beta=0, extra_gate=None``), both of the shape,
-        dtype, device (but for ``extra_offload``) and layout of ``p``, ``extra_step`` (int, applied steps: calls of
-        ``step`` in which ``p`` had a gradient) and ``extra_origin`` (int, the applied step from which cycles are
+        before the cycle), ``extra_estimate`` (:math:`V`; absent for the paper's rule), both of the shape, dtype, device
+        (but for ``extra_offload``) and layout of ``p``, ``extra_step`` (int, applied steps: calls of ``step`` in which
+        ``p`` had a gradient) and ``extra_origin`` (int, the applied step from which cycles are
         counted).
 
     Loading:
         ``load_state_dict`` takes the state of an Extra around the same kind of optimizer, or of that optimizer alone.
-        Knobs that the state lacks keep this optimizer's values. A parameter that comes without an anchor starts a new
-        cycle at its next step.
+        Hyperparameters that the state lacks keep this optimizer's values. A parameter that comes without an anchor
+        starts a new cycle at its next step.
 
     Raises:
         TypeError: ``base_optimizer`` is not a torch optimizer.
-        ValueError: a knob outside its range; a base that jumps already; a base that has to call a closure within its
-            step (:class:`torch.optim.LBFGS`); a loaded anchor or drift whose shape is not the parameter's (the
+        ValueError: a hyperparameter outside its range; a base that jumps already; a base that has to call a closure
+            within its step (:class:`torch.optim.LBFGS`); a loaded anchor or drift whose shape is not the parameter's
+            (the
             optimizer is left as it was).
         RuntimeError: a step captured in a CUDA graph; :meth:`jump` or :meth:`reset_anchor` while a schedule-free base
             is in eval mode.
@@ -178,10 +170,10 @@ class Extra(Optimizer, CycleMixin):
         """Add a group, whose parameters start a cycle of their own at their first step.
 
         Args:
-            param_group (dict): ``params`` and options, the ``extra_*`` knobs among them.
+            param_group (dict): ``params`` and options, the ``extra_*`` hyperparameters among them.
 
         Raises:
-            ValueError: a knob outside its range.
+            ValueError: a hyperparameter outside its range.
         """
         if isinstance(param_group, dict):  # else the base says what is wrong with it
             param_group.update(check_hyperparameters({**self.defaults, **param_group}))
@@ -189,7 +181,7 @@ class Extra(Optimizer, CycleMixin):
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the base optimizer, in its own format, with the entries and knobs of the cycle in it."""
+        """The state of the base optimizer, in its own format, with the cycle's entries and hyperparameters in it."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict: dict[str, Any] = self.base_optimizer.state_dict()
@@ -205,7 +197,8 @@ class Extra(Optimizer, CycleMixin):
             state_dict (dict): what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: groups, knobs, or the shape of an anchor or drift do not fit. The optimizer is left as it was.
+            ValueError: groups, hyperparameters, or the shape of an anchor or drift do not fit. The optimizer is left as
+            it was.
         """
         state_dict = state_dict.copy()  # hooks may write into it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -266,14 +259,14 @@ class Extra(Optimizer, CycleMixin):
 
         due = []
         for group, params in zip(self.param_groups, stepped):
-            ends = {}
+            ends: list[Ending] = []
             for p in params:
                 state = self.state.get(p, {})
                 if "extra_anchor" not in state:
                     continue
                 state["extra_step"] += 1
                 if (state["extra_step"] - state["extra_origin"]) % group["extra_every"] == 0:
-                    ends[p] = state["extra_step"]
+                    ends.append((p, state, state["extra_step"]))
             due.append((group, ends))
         batches = self._batches(due)
         if batches:
@@ -311,7 +304,7 @@ class Extra(Optimizer, CycleMixin):
             for key in self.state[p].keys() & {"x", "y", "z"}:
                 self.state[p][key].add_(p.detach() - old)
 
-    def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], dict[Tensor, int]]]:
+    def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], list[Ending]]]:
         for group in self.param_groups:
             params = [p for p in group["params"] if "extra_step" in self.state.get(p, ())]
             if params and not group.get("train_mode", True):
@@ -319,4 +312,4 @@ class Extra(Optimizer, CycleMixin):
                     "The weights are an average while the optimizer is in eval mode: call train() first."
                 )
             if params:
-                yield group, {p: self.state[p]["extra_step"] for p in params}
+                yield group, [(p, self.state[p], self.state[p]["extra_step"]) for p in params]
