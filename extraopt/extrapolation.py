@@ -119,6 +119,8 @@ class _Jump:
         self.norms = gates.averaged_norm(sums, self.weights)
         retreats = gates.retreats(sums, self.opens).where(may, 0.0)
         furthest = self.opens * (self.longest / batch.every) * self.norms + retreats * sums[:, 1].sqrt()
+        if batch.estimates is not None:  # what is jumped by is stored in the same dtype first
+            furthest = torch.maximum(furthest, self.norms).where(furthest > 0, 0.0)
         self.overflow = gates.overflows(sums, furthest, [p.dtype for p in batch.params]) & may & (furthest > 0)
         self.opens = self.opens.where(may & ~self.overflow, 0.0)
         self.retreats = retreats.where(~self.overflow, 0.0)

@@ -164,6 +164,19 @@ def test_a_jump_that_would_overflow_the_dtype_is_refused(dtype):
     assert optimizer.last_jump.jumped == 1 and optimizer.last_jump.refused == 1
 
 
+def test_a_jump_by_an_estimate_that_its_dtype_can_not_hold_is_refused():
+    """However short it is: a tenth of an infinite estimate is infinite, too. Other dtypes hold what can be squared."""
+    (p,) = params((1,), dtype=torch.float16)
+    options = {"extra_every": 10, "extra_steps": 1, "extra_gate": None, "extra_kl": None}
+    optimizer = ExtraAdam([p], lr=1e-3, eps=1e-4, weight_decay=0, **options)
+    p.data.fill_(-4e4)
+    run(optimizer, 9)
+    p.data.fill_(4e4)
+    with pytest.warns(RuntimeWarning, match="could overflow"):
+        run(optimizer, 1)
+    assert optimizer.last_jump.refused == 1 and p.isfinite().all()
+
+
 def test_a_drift_too_long_to_measure_is_refused():
     (p,) = params((4,))
     optimizer = ExtraAdam([p], **{**JUMPY, "lr": 1e20, "weight_decay": 0.0})
