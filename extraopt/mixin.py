@@ -65,6 +65,7 @@ class CycleMixin:
             self._trust.quietly = not self.param_groups[0]["extra_watch"]
             if not self._trust.quietly:
                 self.watch()
+        self._trust.watch.armed = True  # the very next step may end a cycle of what was loaded
 
     def watch(
         self,

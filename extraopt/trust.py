@@ -16,6 +16,7 @@ from .watch import Unusable, Watch, sharded
 TRIALS = 3
 MARGIN = 0.95  # of the length that the last trial's fit proposes
 FELT = 0.01  # part of a limit that a jump must have come to, or it says nothing about longer ones
+LEAST = 1.0  # step: no search starts from less, lest lengths that are not felt stay so small for good
 PLAUSIBLE = 0.01  # probability of a token from which on its fall counts
 UNWATCHED = 20.0  # steps: the longest jump where no model can be watched
 CHUNK_BYTES = 1 << 25  # of float32 logits that are compared at a time
@@ -63,14 +64,15 @@ def search(measure: Callable[[float], tuple[float, float]], known: float, limits
     for _ in range(TRIALS):
         tried = proposed
         kl, fall = measure(tried)
-        if not (math.isfinite(kl) and math.isfinite(fall)):
-            break
         used = max(math.sqrt(max(kl, 0.0) / limits.kl), fall / limits.fall)
+        if not all(map(math.isfinite, (kl, fall, used))):
+            break
         if used <= 1:
             felt = max(kl / limits.kl, fall / limits.fall) > FELT
-            return Length(tried, tried if felt else min(tried, known), kl, fall)
+            longest = tried if felt else min(tried, max(known, LEAST))
+            return Length(tried, max(longest, LEAST / 2), kl, fall)
         proposed = MARGIN * tried / used
-    return Length(0.0, max(tried / 2, 1.0) / 2)
+    return Length(0.0, max(tried / 2, LEAST) / 2)
 
 
 class Outputs:
@@ -89,7 +91,7 @@ class Outputs:
         self._before: list[Tensor] = []  # their log-probabilities
         for chunk in _chunks(logits):
             before = chunk.float().log_softmax(-1)
-            counts = (before >= math.log(PLAUSIBLE)).sum(-1) >= 2
+            counts = ((before >= math.log(PLAUSIBLE)).sum(-1) >= 2) | before[:, 0].isnan()  # then all of its row is
             self._kept.append(counts.nonzero().flatten())
             self._before.append(before[self._kept[-1]])
         self._shape = logits.shape
@@ -102,7 +104,7 @@ class Outputs:
         for chunk, kept, before in zip(_chunks(logits), self._kept, self._before):
             lost = before - chunk[kept].float().log_softmax(-1)
             p = before.exp()
-            kl = torch.where(p > 0, p * lost, 0.0).sum(-1)  # a logit of -inf is no change
+            kl = torch.where(p == 0, 0.0, p * lost).sum(-1)  # a logit of -inf is no change
             fall = torch.where(before >= math.log(PLAUSIBLE), lost, 0.0).amax(-1).clamp(min=0)
             sums += torch.stack([kl.sum(), fall.sum(), torch.tensor(len(kept), device=sums.device)]).double()
         return sums.cpu()
@@ -158,8 +160,8 @@ class TrustRegion:
                     self._warn(
                         "inputs",
                         f"a cycle ended without a forward pass of {type(self.watch.model).__name__} in its last step, "
-                        "with gradients and tensors among its arguments, so that the jump was as long as the last one at "
-                        "most. Where another module is called for training, tell the optimizer by watch(model).",
+                        "with gradients and tensors among its arguments, so that the jump was as long as the last one "
+                        "at most. Where another module is called for training, tell the optimizer by watch(model).",
                     )
                 return Length(min(known, limits.steps), known)
             return self._search(move, ranks, known, limits)
@@ -177,6 +179,7 @@ class TrustRegion:
         watch, outputs = self.watch, list[Outputs]()
         assert watch.model is not None
         failures: list[Exception] = []
+        finite = True
         together = bool(sharded(watch.model))  # its forward pass waits for that of the other ranks
 
         def attempt(length: float) -> Tensor:
@@ -194,13 +197,16 @@ class TrustRegion:
             except Exception as error:
                 move(0.0)
                 if together:
+                    watch.refused = str(error) if isinstance(error, Unusable) else None
                     raise
                 failures.append(error)
                 sums.fill_(math.nan)
             return sums
 
         def measure(length: float) -> tuple[float, float]:
+            nonlocal finite
             kl, fall, count = ranks.sum(*attempt(length).tolist())
+            finite &= math.isfinite(kl + fall)
             return (kl / count, fall / count) if count else (0.0, 0.0)
 
         try:
@@ -211,6 +217,10 @@ class TrustRegion:
         except BaseException:
             move(0.0)
             raise
+        if not finite and not failures:
+            self._warn(
+                "failed", "a jump was left out, since outputs of the model, here or on another rank, are not finite"
+            )
         for error in failures:
             if isinstance(error, Unusable):
                 watch.refused = str(error)

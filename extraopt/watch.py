@@ -116,22 +116,32 @@ class Watch:
     """Remembers the inputs of a training forward pass in the last step of a cycle, and runs the model on them again.
 
     Attributes:
-        armed: whether the next step may end a cycle: only then inputs are kept.
         model: what is called again; None as long as it was not found.
         group: process group of the DDP around it.
         refused: why nothing can be watched, or None.
     """
 
     def __init__(self) -> None:
-        self.armed = True
+        self._armed = True
         self.model: nn.Module | None = None
         self.group: Any = None
         self.refused: str | None = None
         self._logits: Callable[[Any], Tensor] | None = None
         self._removers: list[Callable[[], None]] = []
         self._own: Callable[[], set[int]] = set
+        self._first = -1  # id of the hook that remembers the call by which a model was found
         self._rng: dict[torch.device | None, Tensor] = {}
         self._captured: tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.dtype]] | None = None
+
+    @property
+    def armed(self) -> bool:
+        """Whether the next step may end a cycle: only then inputs are kept."""
+        return self._armed
+
+    @armed.setter
+    def armed(self, value: bool) -> None:
+        self._armed = value
+        self.release()  # inputs of the step before say nothing of the next one
 
     @property
     def watching(self) -> bool:
@@ -168,6 +178,9 @@ class Watch:
         self.detach()
         self._own, self._logits = own, logits
         self._hold(register_module_forward_pre_hook(_Hook(self._look)).remove)
+        first = register_module_forward_pre_hook(_Hook(self._remember_first))
+        self._first = first.id
+        self._hold(first.remove)
 
     def find_compiled(self) -> None:
         """Watch a module that was compiled in place, whose calls no hook from outside of it sees."""
@@ -200,10 +213,20 @@ class Watch:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
         if self._has_most(module):
+            # The hook that is put on it now does not see this very call, whose keyword arguments the next of the global
+            # hooks is given if the module says so.
+            takes: Any = getattr(module, "_forward_pre_hooks_with_kwargs", {})
+            takes[self._first] = True
             self.attach(module, self._logits)
 
+    def _remember_first(self, module: nn.Module, arguments: tuple[Any, ...], *named: dict[str, Any]) -> None:
+        if named:
+            del module._forward_pre_hooks_with_kwargs[self._first]
+            if module is self.model:  # else it is called within this one
+                self._remember(module, arguments, *named)
+
     def _remember(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if not self.armed or not torch.is_grad_enabled() or getattr(module, "_is_replica", False):
+        if not self.armed or self.refused or not torch.is_grad_enabled() or getattr(module, "_is_replica", False):
             return
         leaves = list(_leaves((arguments, named)))
         if not any(isinstance(x, Tensor) for x in leaves) or any(isinstance(x, nn.Module) for x in leaves):
@@ -310,8 +333,8 @@ def _reset(model: nn.Module) -> None:
 class Positions:
     """Rows of a model's logits that a label or a token of the prompt belongs to, by a fixed stride where they are many.
 
-    Logits at t belong to the token at t + 1, but for encoder-decoders, whose labels lie beside their logits. Outputs of
-    one row a sequence (classifiers) count as they are.
+    Logits at t belong to the token at t + 1, but where labels lie beside their logits: in encoder-decoders, masked
+    language models and classifiers of tokens. Outputs of one row a sequence (classifiers) count as they are.
     """
 
     def __init__(
@@ -323,7 +346,8 @@ class Positions:
     ) -> None:
         self._logits = logits
         config = getattr(model, "config", None)
-        self._beside = bool(getattr(config, "is_encoder_decoder", False))
+        self._decodes = bool(getattr(config, "is_encoder_decoder", False))
+        self._beside = self._decodes or getattr(model, "loss_type", None) in ("ForMaskedLM", "ForTokenClassification")
         self._uses_cache = getattr(config, "use_cache", None) is not None
         self._accepts = _accepted(model)
         embeddings = getattr(model, "get_output_embeddings", lambda: None)() if config is not None else None
@@ -336,12 +360,12 @@ class Positions:
 
     def _choose(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         ids: Any = next((named[k] for k in ("input_ids", "inputs_embeds") if isinstance(named.get(k), Tensor)), None)
-        if ids is None and arguments and isinstance(arguments[0], Tensor):
+        if ids is None and arguments and isinstance(arguments[0], Tensor) and not arguments[0].is_floating_point():
             ids = arguments[0]
         labels, mask = named.get("labels"), named.get("attention_mask")
         if isinstance(labels, Tensor) and labels.dim() == 2:
             valid = labels != -100
-        elif isinstance(mask, Tensor) and mask.dim() == 2 and not self._beside:
+        elif isinstance(mask, Tensor) and mask.dim() == 2 and not self._decodes:
             valid = mask != 0
         elif ids is not None and ids.dim() >= 2:
             valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
@@ -350,6 +374,8 @@ class Positions:
         if not self._beside:
             valid = torch.cat([valid[:, 1:], torch.zeros_like(valid[:, :1])], 1)
         columns = valid.any(0).nonzero().flatten()
+        if not len(columns):  # one that is not looked at costs less than all logits
+            columns = columns.new_zeros(1)
         if self._width is not None:
             room = max(1, LOGITS_BYTES // (4 * self._width * len(valid)))
             columns = columns[:: -(-len(columns) // room) or 1]
@@ -357,10 +383,10 @@ class Positions:
 
     def named(self, named: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments that make the model return logits of these positions, and nothing that a loss needs."""
-        kept = {k: v for k, v in named.items() if k not in DROPPED or (k == "labels" and self._beside)}
+        kept = {k: v for k, v in named.items() if k not in DROPPED or (k == "labels" and self._decodes)}
         if self._uses_cache and ("use_cache" in kept or self._accepts("use_cache")):
             kept["use_cache"] = False
-        self._cut = self._columns is not None and len(self._columns) > 0 and self._accepts("logits_to_keep")
+        self._cut = self._columns is not None and self._accepts("logits_to_keep")
         if self._cut and "logits_to_keep" not in kept:
             kept["logits_to_keep"] = self._columns
         else:
@@ -379,6 +405,11 @@ class Positions:
         logits: Any = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise Unusable("its output has no `.logits`: give watch(model, logits=...) a function that makes them")
+        if logits.dim() > 3:
+            raise Unusable(
+                f"`.logits` of its output have {logits.dim()} dimensions, of which any may be that of the classes: "
+                "give watch(model, logits=...) a function that moves it to the end"
+            )
         if logits.shape[-1] < 2 or (self._width is not None and logits.shape[-1] != self._width):
             raise Unusable(
                 f"`.logits` of its output have {logits.shape[-1]} columns, which are no distribution over classes or "
@@ -394,7 +425,7 @@ class Positions:
             if first < 0:
                 raise Unusable("it returned logits of fewer positions than it was given tokens")
             logits = logits[:, self._columns + first]
-        return logits[valid]
+        return torch.as_tensor(logits[valid])
 
 
 def _accepted(model: nn.Module) -> Callable[..., bool]:

@@ -1,0 +1,411 @@
+"""The trust region: how a length is searched, what is measured of a model, and whole runs that jump by it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same, assert_same_run, reload
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from extraopt import ExtraAdam, trust
+from extraopt.trust import Length, Limits, Outputs, TrustRegion, search
+
+EVERY = 3
+OPEN: dict[str, Any] = {"lr": 1e-3, "extra_every": EVERY, "extra_gate": None}
+lengths = st.floats(0.5, 500)
+limits = st.builds(Limits, st.integers(1, 400).map(float), st.floats(1e-4, 1), st.floats(1e-3, 3))
+
+
+class Measured:
+    """Notes each trial."""
+
+    def __init__(self, of: Callable[[float], tuple[float, float]]) -> None:
+        self.of = of
+        self.trials: dict[float, tuple[float, float]] = {}
+        self.count = 0
+
+    def __call__(self, length: float) -> tuple[float, float]:
+        self.count += 1
+        self.trials[length] = self.of(length)
+        return self.trials[length]
+
+
+def check(found: Length, measured: Measured, known: float, limits: Limits) -> None:
+    """What holds whatever the model does."""
+    assert 1 <= measured.count <= 3
+    assert all(0 < tried <= min(2 * known, limits.steps) * (1 + 1e-12) for tried in measured.trials)
+    if found.steps:
+        kl, fall = measured.trials[found.steps]
+        assert (found.kl, found.fall) == (kl, fall) and kl <= limits.kl and fall <= limits.fall
+    else:
+        assert math.isnan(found.kl) and math.isnan(found.fall)
+    assert 0.5 <= found.known <= max(2 * known, 0.5) and math.isfinite(found.known)
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(*[st.floats(allow_nan=True, allow_infinity=True)] * 2), min_size=3, max_size=3), lengths, limits
+)
+def test_a_rough_or_broken_model_is_given_a_length_that_nobody_measured(
+    outcomes: list[tuple[float, float]], known: float, limits: Limits
+) -> None:
+    left = iter(outcomes)
+    measured = Measured(lambda length: next(left))
+    check(search(measured, known, limits), measured, known, limits)
+
+
+@given(st.floats(1e-9, 1e3), st.floats(1e-6, 1e3), lengths, limits)
+def test_the_length_is_far_from_the_longest_within_the_limits(
+    kl: float, fall: float, known: float, limits: Limits
+) -> None:
+    """Of a model whose KL grows as the square of the length, and whose fall in proportion to it."""
+    measured = Measured(lambda h: (kl * h * h, fall * h))
+    found = search(measured, known, limits)
+    check(found, measured, known, limits)
+    longest = min(math.sqrt(limits.kl / kl), limits.fall / fall, 2 * known, limits.steps)
+    assert 0.94 * longest <= found.steps <= longest * (1 + 1e-12) and measured.count <= 2
+
+
+@given(st.floats(1.4, 3), st.floats(0.7, 1.5), lengths, limits)
+def test_a_model_that_bends_otherwise_is_never_jumped(kl: float, fall: float, known: float, limits: Limits) -> None:
+    """The nearer the powers are to 2 and 1, the sooner the search ends; it never ends outside of the limits."""
+    wanted = min(known, limits.steps)
+    measured = Measured(lambda h: (limits.kl * (h / wanted) ** kl, limits.fall * (h / wanted) ** fall))
+    found = search(measured, known, limits)
+    check(found, measured, known, limits)
+    assert found.steps >= wanted / 2
+
+
+@given(lengths, limits)
+def test_gates_that_are_shut_let_the_length_grow(known: float, limits: Limits) -> None:
+    """Where nothing is felt at a length, nothing was found out about longer ones."""
+    for _ in range(20):
+        found = search(lambda h: (0.009 * limits.kl, 0.009 * limits.fall), known, limits)
+        assert found.steps == min(2 * known, limits.steps) and found.known <= max(known, 1)
+        known = found.known
+
+
+def test_a_length_that_is_not_felt_stays_small_for_good() -> None:
+    """After a cycle in which all was far outside of the limits, as rounding to bfloat16 can have it."""
+    limits = Limits(200, 0.02, 0.3)
+    known = search(lambda h: (1e6 * h, 1e6 * h), 50, limits).known
+    assert known == 0.5
+    known = search(lambda h: (0.0, 0.0) if h < 0.01 else (1.0, 1000.0), known, limits).known
+    for _ in range(9):
+        found = search(lambda h: (1e-6 * h * h, 2e-3 * h), known, limits)
+        known = found.known
+    assert found.steps > 100
+
+
+@given(
+    st.sampled_from([math.nan, math.inf]),
+    st.booleans(),
+    lengths,
+    limits,
+)
+def test_a_model_that_failed_is_run_again(bad: float, first: bool, known: float, limits: Limits) -> None:
+    measured = Measured(lambda h: (bad, 0.0) if first else (0.0, bad))
+    found = search(measured, known, limits)
+    check(found, measured, known, limits)
+    assert measured.count == 1 and found.steps == 0
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def by_hand(before: Tensor, after: Tensor) -> list[float]:
+    """Sums of KL and fall and the number of positions, one by one, in float64."""
+    kl = fall = count = 0.0
+    for b, a in zip(before.double(), after.double()):
+        p, q = b.softmax(-1), a.softmax(-1)
+        plausible = [i for i in range(len(p)) if p[i] >= 0.01]
+        if len(plausible) < 2:
+            continue
+        count += 1
+        kl += sum(float(p[i] * (p[i] / q[i]).log()) for i in range(len(p)) if p[i] > 0)
+        fall += max(0.0, *(float((p[i] / q[i]).log()) for i in plausible))
+    return [kl, fall, count]
+
+
+def drawn(seed: int, rows: int = 40, width: int = 30, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    before = scale * torch.randn(rows, width)
+    return before, before + 0.3 * torch.randn(rows, width)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 12.0])
+def test_outputs_are_compared_otherwise_than_by_hand(scale: float) -> None:
+    before, after = drawn(0, scale=scale)
+    sums = Outputs(before).compare(after)
+    assert sums.dtype == torch.float64 and sums.is_cpu
+    torch.testing.assert_close(sums, torch.tensor(by_hand(before, after), dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    assert Outputs(before).compare(before).tolist()[:2] == [0.0, 0.0]
+
+
+def test_positions_without_a_choice_thin_the_mean() -> None:
+    """And all of them together are none, at which nothing is divided by zero."""
+    before, after = drawn(1)
+    before[::2, 0] += 40
+    sums = Outputs(before).compare(after)
+    torch.testing.assert_close(sums, torch.tensor(by_hand(before, after), dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    assert 0 < sums[2] <= 20
+    assert Outputs(before[::2]).compare(after[::2]).tolist() == [0, 0, 0]
+    assert Outputs(before[:0]).compare(after[:0]).tolist() == [0, 0, 0]
+
+
+def test_two_plausible_tokens_are_one_too_few() -> None:
+    even = torch.tensor([[0.0, 0.0, -20.0], [0.0, -30.0, -30.0], [0.0, math.log(0.02), -30.0]])
+    assert Outputs(even).compare(even)[2] == 2
+
+
+def test_tokens_that_are_ruled_out_make_the_kl_infinite() -> None:
+    before, after = drawn(2)
+    before[:, 3:9] = after[:, 3:9] = -math.inf
+    sums = Outputs(before).compare(after)
+    torch.testing.assert_close(sums, torch.tensor(by_hand(before, after), dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    after[:, 1] = -math.inf
+    assert math.isinf(Outputs(before).compare(after)[0]), "what could be said can't be any more"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("when", ["before", "after", "both"])
+def test_outputs_that_are_not_finite_count_as_no_change(bad: float, when: str) -> None:
+    logits = dict(zip(("before", "after"), drawn(3)))
+    for name in logits if when == "both" else [when]:
+        logits[name][7] = bad
+    assert not Outputs(logits["before"]).compare(logits["after"])[:2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_chunks_change_what_is_measured(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = (x.to(dtype) for x in drawn(4))
+    whole = Outputs(before).compare(after)
+    torch.testing.assert_close(whole, torch.tensor(by_hand(before, after), dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    for rows in (1, 7, 40):
+        monkeypatch.setattr(trust, "CHUNK_BYTES", rows * 30 * 4)
+        torch.testing.assert_close(Outputs(before).compare(after), whole, rtol=1e-6, atol=0)
+
+
+def test_outputs_of_another_shape_are_compared() -> None:
+    before, after = drawn(5)
+    with pytest.raises(trust.Unusable, match="another shape"):
+        Outputs(before).compare(after[1:])
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def llama(seed: int = 0, vocabulary: int = 16, **options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"num_key_value_heads": 1, "max_position_embeddings": 256, "pad_token_id": 0, **sizes, **options}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=vocabulary, **config))
+
+
+def batch(step: int, rows: int = 2, width: int = 8) -> dict[str, Tensor]:
+    ids = (torch.arange(width).repeat(rows, 1) * (step % 5 + 1) + step + torch.arange(rows)[:, None]) % 13 + 3
+    labels = ids.clone()
+    labels[0, :3] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def take(model: Any, optimizer: Any, step: int) -> None:
+    optimizer.zero_grad()
+    model(**batch(step)).loss.backward()
+    optimizer.step()
+
+
+class Passes:
+    """Counts the forward passes of a model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.count = 0
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, *_: Any) -> None:
+        self.count += 1
+
+
+def measured_by_hand(before: Any, after: Any, step: int) -> tuple[float, float]:
+    ids, labels = batch(step).values()
+    with torch.no_grad():
+        logits = [model.eval()(input_ids=ids).logits[:, :-1][labels[:, 1:] != -100] for model in (before, after)]
+    kl, fall, count = by_hand(*logits)
+    return kl / count, fall / count
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_dropout": 0.5}], ids=["plain", "dropout"])
+def test_what_is_measured_at_a_jump_is_not_what_the_jump_does(options: dict[str, Any]) -> None:
+    """Beside an AdamW that takes the same step from the same weights, and copies of the model before and after."""
+    model = llama(**options)
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    for step in range(8 * EVERY):
+        twin = copy.deepcopy(model)
+        adamw = torch.optim.AdamW(twin.parameters(), lr=OPEN["lr"])
+        state = copy.deepcopy(optimizer.state_dict())
+        adamw.load_state_dict({**adamw.state_dict(), "state": state["state"]})
+        take(model, optimizer, step)
+        for p, q in zip(model.parameters(), twin.parameters()):
+            q.grad = p.grad
+        adamw.step()
+        last = optimizer.last_jump
+        if (step + 1) % EVERY == 0 and last.length:
+            kl, fall = measured_by_hand(twin, copy.deepcopy(model), step)
+            assert last.kl == pytest.approx(kl, rel=1e-3, abs=1e-6) and last.fall == pytest.approx(fall, rel=1e-3)
+            assert 0 < last.kl <= 0.02 and 0 < last.fall <= 0.3
+            for p, q in zip(model.parameters(), twin.parameters()):
+                estimate = optimizer.state[p]["extra_estimate"]
+                torch.testing.assert_close(p - q, last.length / EVERY * estimate, rtol=1e-3, atol=1e-6)
+        else:
+            assert_same(list(model.parameters()), list(twin.parameters()))
+    assert last.length > 2 * EVERY
+
+
+def test_limits_of_the_group_are_exceeded() -> None:
+    """Tight ones make short jumps, and each of the two can be the tighter one."""
+    found = []
+    for limits in ({"extra_kl": 1e-6}, {"extra_fall": 0.005}, {"extra_kl": 1.0, "extra_fall": 1.0}):
+        model = llama()
+        optimizer = ExtraAdam(model.parameters(), extra_steps=5, **{**OPEN, "lr": 3e-3}, **limits)
+        reports = []
+        for step in range(8 * EVERY):
+            take(model, optimizer, step)
+            reports.append(optimizer.last_jump)
+        jumps = [r for r in reports if r is not None and r.length]
+        assert jumps and all(r.kl <= limits.get("extra_kl", 0.02) for r in jumps)
+        assert all(r.fall <= limits.get("extra_fall", 0.3) and r.length <= 5 for r in jumps)
+        found.append(jumps[-1].length)
+    assert max(found[:2]) < 5 == found[2], found
+
+
+@pytest.mark.parametrize("options", [{"extra_kl": None}, {"extra_watch": False}], ids=["no limit", "not watched"])
+def test_a_rule_without_a_trust_region_runs_the_model_or_warns(options: dict[str, Any]) -> None:
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), extra_steps=30, **OPEN, **options)
+    passes = Passes(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4 * EVERY):
+            take(model, optimizer, step)
+    assert passes.count == 4 * EVERY
+    last = optimizer.last_jump
+    assert last.length == (30 if "extra_kl" in options else 20) and math.isnan(last.kl) and math.isnan(last.fall)
+
+
+def test_a_jump_by_hand_runs_the_model() -> None:
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **{**OPEN, "extra_every": 100})
+    passes = Passes(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(12):
+            take(model, optimizer, step)
+            if step % 4 == 3:
+                report = optimizer.jump()
+    assert passes.count == 12 and report.length == 50 and report.jumped and math.isnan(report.kl)
+
+
+def test_steps_that_end_no_cycle_run_the_model() -> None:
+    """And one that does runs it twice, where the first length tried is within the limits."""
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), extra_steps=6, **{**OPEN, "lr": 1e-5})
+    passes = Passes(model)
+    counts = []
+    for step in range(4 * EVERY):
+        before = passes.count
+        take(model, optimizer, step)
+        counts.append(passes.count - before)
+    assert counts == 4 * [1, 1, 3]
+
+
+@pytest.mark.parametrize("stop", range(1, 2 * EVERY + 1))
+@pytest.mark.parametrize("same_process", [False, True], ids=["new", "same"])
+def test_a_resumed_run_takes_jumps_of_other_lengths(stop: int, same_process: bool) -> None:
+    """At every offset in a cycle; the first step after it may be the one that ends it. Or into a run that goes on."""
+    whole = llama()
+    whole_opt = ExtraAdam(whole.parameters(), **OPEN)
+    for step in range(5 * EVERY):
+        if step == stop:
+            saved = reload({"model": whole.state_dict(), "optimizer": whole_opt.state_dict()})
+        take(whole, whole_opt, step)
+    model = llama(seed=1)
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    if same_process:
+        take(model, optimizer, 99)  # of which nothing may be left
+        assert not optimizer._trust.watch.captured
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(stop, 5 * EVERY):
+            take(model, optimizer, step)
+    assert_same_run(whole, whole_opt, model, optimizer)
+    assert repr(optimizer.last_jump) == repr(whole_opt.last_jump) and whole_opt.last_jump.kl > 0
+
+
+def peak(run: Callable[[], None], folder: Path) -> int:
+    """The most bytes that torch held at a time, beyond those that it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+def test_the_trust_region_needs_more_memory_than_training(tmp_path: Path) -> None:
+    """At a vocabulary of 150,000: logits of half of these positions would be more than all weights."""
+    peaks = []
+    for watched in (False, True):
+        model = llama(vocabulary=150_000)
+        optimizer = ExtraAdam(model.parameters(), extra_watch=watched, **{**OPEN, "extra_every": 1})
+        passes = Passes(model)
+        data = batch(0, rows=2, width=64)
+
+        def step(model: Any = model, optimizer: Any = optimizer, data: Any = data) -> None:
+            optimizer.zero_grad()
+            model(**data).loss.backward()
+            optimizer.step()
+
+        for _ in range(2):  # which make the state
+            step()
+        passes.count = 0
+        peaks.append(peak(step, tmp_path))
+        assert (passes.count > 1) == watched and optimizer.last_jump.length > 0
+    assert peaks[1] <= 1.05 * peaks[0], peaks
+
+
+def test_a_failing_choice_leaves_the_weights_elsewhere() -> None:
+    """Whatever raises: the weights are those at 0, and it is not swallowed unless the model raised it."""
+    moves = []
+    region = TrustRegion()
+    model = llama()
+    region.watch.attach(model, None)
+    model(**batch(0))
+
+    def move(length: float) -> None:
+        moves.append(length)
+        if length == 2.0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        region.choose(move, list(model.parameters()), 1.0, Limits(10, 1, 1), True)
+    assert moves == [0.0, 2.0, 0.0] and not region.watch.captured and model.training
