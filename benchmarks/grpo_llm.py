@@ -4,7 +4,7 @@
     python benchmarks/grpo_llm.py --preset qwen --json FILE     # a GPU and the hub
     python benchmarks/grpo_llm.py --preset paper --json FILE    # the paper's model and settings
     python benchmarks/grpo_llm.py --report FILE                 # table and picture of what FILE has
-    python benchmarks/grpo_llm.py --report FILE --page          # and the table in docs/results.md
+    python benchmarks/grpo_llm.py --report FILE --page          # and the tables in docs/results.md and README
 
 The trainer is TRL's own. Each run is written to FILE when it ends and is not repeated; one that was cut off resumes
 from its last checkpoint. A run's curve is the mean reward of each step's completions, sampled before the step; its
@@ -52,6 +52,7 @@ demo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- made by benchmarks/grpo_llm.py -->", "<!-- end of grpo_llm -->"
 PAPER = {"extra_every": 20, "extra_steps": 100, "extra_beta": 0.0, "extra_gate": None, "extra_kl": None}
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -64,6 +65,7 @@ BEFORE = [f"before: ExtraAdam{of}" for of in ("", " told nothing", " (5,25)", " 
 COLOURS = dict(
     zip([*OPTIMIZERS, *BEFORE], ("#64748b", "#0072b2", "#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7"))
 )
+COURSE = ("chain_sum", "full", 1e-6, "fp32")  # what the README shows step by step
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few
 EARLY = (40, 60)  # steps up to which the table has a level, besides the end
 
@@ -320,12 +322,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def course(rows: list[dict[str, Any]]) -> str:
+    """The README's table: reward in windows of ten steps, and the minus sign, run by run, at the conservative rate."""
+    ends = range(10, 101, 10)
+    lines = ["| seed | optimizer | " + " | ".join(f"{end - 9}-" if end < 100 else "91-100" for end in ends) + " |"]
+    lines.append("|---|---|" + "---|" * len(ends))
+    own = [r for r in rows if (r["task"], r["tuning"], r["lr"], r["settings"]["precision"]) == COURSE]
+    own = [r for r in own if r["optimizer"] in ("AdamW", "ExtraAdam")]
+    for row in sorted(own, key=lambda r: (r["seed"], r["optimizer"])):
+        rewards = [statistics.mean(reward for _, reward in row["curve"][end - 10 : end]) for end in ends]
+        minus = dict(map(tuple, row["minus"]))
+        lines.append(f"| {row['seed']} | {row['optimizer']} | " + " | ".join(f"{x:.2f}" for x in rewards) + " |")
+        lines.append("|  | minus sign | " + " | ".join(f"{minus[end]:.2f}" for end in ends) + " |")
+    return "\n".join(lines)
+
+
 def report(rows: list[dict[str, Any]], path: Path, page: bool = False) -> None:
     picture(rows, path)
     print(table(rows))
-    if page:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
+    for file, made in ((PAGE, table(rows)), (README, course(rows))) if page else ():
+        before, _, rest = file.read_text().partition(BEGIN)
+        file.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
 
 
 def main(
@@ -342,7 +359,7 @@ def main(
     report_file: Annotated[
         Path | None, typer.Option("--report", help="Only the table and picture of this file.")
     ] = None,
-    page: Annotated[bool, typer.Option("--page", help="Put the table of --report into docs/results.md.")] = False,
+    page: Annotated[bool, typer.Option("--page", help="Put the tables of --report into their pages.")] = False,
 ) -> None:
     """Train a language model by GRPO with each optimizer, and compare rewards."""
     if report_file is not None:

@@ -14,6 +14,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -162,7 +163,6 @@ def train(
         use_extra_adam(trainer, **extra)
     start = time.perf_counter()
     trainer.train()
-    run["taken_back"] = [log["step"] for log in trainer.state.log_history if log.get("extra/taken_back")]
     return {**run, "seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -177,8 +177,6 @@ def draw(runs: dict[str, dict[str, Any]], title: str, path: Path) -> None:
         axes.annotate(f" {bold[-1]:.2f}", (steps[-1], bold[-1]), color=COLORS[name], weight="bold", va="center")
         for i, step in enumerate(jumps(run)):  # at the end of its step, so that the next one is the first to see it
             axes.axvline(step + 0.5, color=COLORS[name], alpha=0.5, linewidth=1, ls=":", label=None if i else "jump")
-        for i, step in enumerate(run["taken_back"]):
-            axes.axvline(step + 0.5, color="black", linewidth=1, ls="--", label=None if i else "taken back")
     axes.set(title=title, xlabel="optimizer step", ylabel="mean reward of the step's completions", ylim=(0, 1))
     axes.margins(x=0.04)
     axes.grid(axis="y", alpha=0.2)
@@ -192,13 +190,15 @@ def report(runs: dict[str, dict[str, Any]]) -> None:
     last = [run["samples"][-1] for run in runs.values()]  # the same question in both runs
     samples.add_row(last[0]["question"], *(repr(sample["completion"]) for sample in last))
     rewards = f"reward, first {LAST}", f"last {LAST}", "last half"
-    table = Table("optimizer", "real steps", *rewards, "jumps kept", "seconds")
+    table = Table("optimizer", "real steps", *rewards, "jumps", "longest", "largest KL", "seconds")
     for name, run in runs.items():
         of_step, count = run["rewards"], len(run["rewards"])
         means = [f"{mean(part):.3f}" for part in (of_step[:LAST], of_step[-LAST:], of_step[count // 2 :])]
-        jumped = len(jumps(run))
-        kept = f"{jumped - len(run['taken_back'])} of {jumped}"  # the others were taken back
-        table.add_row(name, str(count), *means, kept, f"{run['seconds']:.0f}")
+        longest = max((cycle["length"] for cycle in run["cycles"]), default=0.0)
+        kls = [cycle["kl"] for cycle in run["cycles"] if not math.isnan(cycle["kl"])]
+        largest = f"{max(kls):.4f}" if kls else ""
+        jumped = [str(len(jumps(run))), f"{longest:.0f} steps", largest] if run["cycles"] else ["", "", ""]
+        table.add_row(name, str(count), *means, *jumped, f"{run['seconds']:.0f}")
     console.print(samples, table)
 
 
@@ -209,7 +209,7 @@ def main(
     lr: Annotated[float, typer.Option(help="Learning rate of both optimizers.")] = 1e-4,
     seed: int = 0,
     extra_every: Annotated[int, typer.Option(help="ExtraAdam: steps in a cycle.")] = 5,
-    extra_steps: Annotated[int, typer.Option(help="ExtraAdam: steps to jump ahead at the end of a cycle.")] = 25,
+    extra_steps: Annotated[int, typer.Option(help="ExtraAdam: the longest jump, in steps.")] = 200,
     completions: Annotated[int, typer.Option(help="Completions in a step, 4 to a question.")] = 32,
     tokens: Annotated[int, typer.Option(help="Longest completion; 0: 4 for chain_sum, else 256.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the picture and the numbers.")] = Path("runs/demo"),

@@ -186,6 +186,8 @@ def test_the_language_models_table_in_the_readme_is_that_of_the_results(rlvr: Si
     table = grpo_llm.PAGE.read_text().partition(grpo_llm.BEGIN)[2].partition(grpo_llm.END)[0]
     rows = json.loads((FOLDER.parent / "results" / "grpo_llm.json").read_text())
     assert table.strip() == grpo_llm.table(rows)
+    course = grpo_llm.README.read_text().partition(grpo_llm.BEGIN)[2].partition(grpo_llm.END)[0]
+    assert course.strip() == grpo_llm.course(rows)
 
 
 def test_rare_answers_are_the_negative_ones_and_only_they_lose_their_sign(rlvr: SimpleNamespace) -> None:
