@@ -2,6 +2,4 @@
 
 from .lists import TensorLists
 
-Lists = TensorLists  # its former name
-
 __all__ = ["TensorLists"]

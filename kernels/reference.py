@@ -68,7 +68,7 @@ def end_cycle(
 
 
 def _noise_floor(taken: Sequence[float], every: int, momentum: float) -> float:
-    """cos(D, V) if gradients were white noise: steps would have covariance momentum^lag, drifts are sums of k of them."""
+    """cos(D, V) if gradients were white noise: steps have covariance momentum^lag, drifts are sums of k of them."""
     n = len(taken)
     if not n:
         return 0.0

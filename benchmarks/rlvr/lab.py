@@ -1,4 +1,4 @@
-"""A toy-scale benchmark of reinforcement learning with verifiable rewards: tasks, a policy of 0.31M weights, and losses.
+"""A toy-scale benchmark of RL with verifiable rewards: tasks, a policy of 0.31M weights, and losses.
 
 Everything runs on one CPU thread. A policy is pre-trained on a corpus in which most answers are wrong, so that it knows
 the task but seldom says so, as base models do; then GRPO, REINFORCE++ or GSPO trains it on a reward that a program

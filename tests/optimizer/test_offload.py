@@ -42,7 +42,7 @@ def test_what_passes_through_buffers_is_what_lies_on_the_device(small_buffers, d
             ts[::2] = [t.pin_memory() for t in ts[::2]]  # and some that are not
     here.params = there.copies()[0] if device == "cpu" else [t.clone() for t in there.params]
     factors = cases.ratios(len(wanted)), cases.retreats(len(wanted)), 0.1
-    whole = kernels.Lists(there.params, there.anchors, there.drifts if drift else None)
+    whole = kernels.TensorLists(there.params, there.anchors, there.drifts if drift else None)
     arguments = here.params, here.anchors, here.drifts if drift else None
     assert torch.allclose(cases.sums(streamed, *arguments).cpu(), whole.sums(), rtol=1e-6, atol=1e-12)
     whole.jump_(*factors)

@@ -182,7 +182,7 @@ def test_the_bits_of_the_sums_do_not_depend_on_the_number_of_threads(dtype):
     try:
         for n in 1, 2, 3:
             torch.set_num_threads(n)
-            sums.append(kernels.Lists(*lists).sums())
+            sums.append(kernels.TensorLists(*lists).sums())
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -101,3 +102,11 @@ def test_the_readme_lists_other_places_than_are_tested():
     _, _, rest = support.PAGE.read_text().partition(support.BEGIN)
     rows = rest.partition(support.END)[0].strip().splitlines()[2:]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [where for where, *_ in support.ROWS]
+
+
+def test_an_uninstalled_checkout_says_what_to_do(tmp_path: Path):
+    shutil.copytree(ROOT / "extraopt", tmp_path / "extraopt", ignore=shutil.ignore_patterns("__pycache__"))
+    hidden = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; import extraopt"
+    result = subprocess.run([sys.executable, "-c", hidden], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("ImportError: extraopt is not installed: run `pip install")

@@ -164,7 +164,7 @@ def test_the_package_named_kernels_is_shadowed_or_overwritten(
     else:
         environment.pip("uninstall", "--quiet", "--yes", "kernels")
         assert (
-            environment.python("-c", "from extraopt.kernels import Lists; print(Lists.__module__)")
+            environment.python("-c", "from extraopt.kernels import TensorLists; print(TensorLists.__module__)")
             == "extraopt.kernels"
         )
         assert not theirs.exists()
