@@ -77,8 +77,8 @@ def test_a_sharded_checkpoint_misses_the_optimizer_state(ranks: Ranks, tmp_path:
 
 EVERY = 4
 DEEPSPEED_RULES: dict[str, dict[str, Any]] = {
-    "paper": {"extra_every": EVERY, "extra_steps": 8, "extra_beta": 0.0, "extra_gate": None},
-    "gated": {"extra_every": EVERY, "extra_steps": 8},
+    "paper": {"extra_every": EVERY, "extra_steps": 8, "extra_beta": 0.0, "extra_gate": None, "extra_kl": None},
+    "gated": {"extra_every": EVERY, "extra_steps": 8, "extra_kl": None},
 }
 
 

@@ -27,7 +27,7 @@ from extraopt import ExtraAdam
 
 EVERY = 3
 STEPS = 4 * EVERY
-KNOBS: dict[str, Any] = {"lr": 0.01, "extra_every": EVERY, "extra_steps": 15}
+HYPERPARAMETERS: dict[str, Any] = {"lr": 0.01, "extra_every": EVERY, "extra_steps": 15, "extra_kl": None}
 RULES: dict[str, dict[str, Any]] = {"gated": {"extra_gate": 0.9}, "paper": {"extra_beta": 0.0, "extra_gate": None}}
 
 
@@ -99,16 +99,18 @@ def shard(model: nn.Module, layout: str) -> nn.Module:
     return model
 
 
-def rank_fsdp(rank: int, layout: str, knobs: dict[str, Any], poisoned_step: int | None) -> list[tuple[Any, ...]]:
+def rank_fsdp(
+    rank: int, layout: str, hyperparameters: dict[str, Any], poisoned_step: int | None
+) -> list[tuple[Any, ...]]:
     model = shard(make_model(), layout)
-    optimizer = ExtraAdam(model.parameters(), **knobs)
+    optimizer = ExtraAdam(model.parameters(), **hyperparameters)
     reports = train(model, optimizer, range(STEPS), poisoned_step)
     for p in model.parameters():
-        for key in {"extra_anchor", "extra_drift"} & optimizer.state[p].keys():
+        for key in {"extra_anchor", "extra_estimate"} & optimizer.state[p].keys():
             state = optimizer.state[p][key]
             assert type(state) is type(p.data) and state.shape == p.shape, key
     single = make_model()
-    expected = train(single, ExtraAdam(single.parameters(), **knobs), range(STEPS), poisoned_step)
+    expected = train(single, ExtraAdam(single.parameters(), **hyperparameters), range(STEPS), poisoned_step)
     assert_same(whole(model.parameters()), whole(single.parameters()))
     for report, one in zip(reports, expected, strict=True):
         assert (report.step, report.jumped, report.refused) == (one.step, one.jumped, one.refused)
@@ -120,7 +122,7 @@ def rank_fsdp(rank: int, layout: str, knobs: dict[str, Any], poisoned_step: int 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("layout", ["shard", "replicate", "part"])
 def test_fsdp_jumps_like_one_process(ranks: Ranks, layout: str, rule: str) -> None:
-    first, second = ranks.run(rank_fsdp, layout, {**KNOBS, **RULES[rule]}, None)
+    first, second = ranks.run(rank_fsdp, layout, {**HYPERPARAMETERS, **RULES[rule]}, None)
     assert first == second, "ranks decided differently"
     assert len(first) == STEPS // EVERY and first[-1][3] > 0
     if rule == "gated":
@@ -128,12 +130,12 @@ def test_fsdp_jumps_like_one_process(ranks: Ranks, layout: str, rule: str) -> No
 
 
 def test_fsdp_refuses_a_tensor_on_all_ranks_where_one_shard_is_nan(ranks: Ranks) -> None:
-    first, second = ranks.run(rank_fsdp, "shard", {**KNOBS, **RULES["gated"]}, EVERY)
+    first, second = ranks.run(rank_fsdp, "shard", {**HYPERPARAMETERS, **RULES["gated"]}, EVERY)
     assert first == second, "ranks decided differently"
     assert [refused > 0 for *_, refused in first] == [False, True, True, True]
 
 
-def rank_dcp(rank: int, folder: str, options: dict[str, Any], knobs: dict[str, Any]) -> None:
+def rank_dcp(rank: int, folder: str, options: dict[str, Any], hyperparameters: dict[str, Any]) -> None:
     options = dcp_state_dict.StateDictOptions(**options)
 
     def make(saved: bool) -> tuple[nn.Module, Optimizer]:
@@ -141,7 +143,7 @@ def rank_dcp(rank: int, folder: str, options: dict[str, Any], knobs: dict[str, A
         if not saved:
             for p in model.parameters():
                 nn.init.constant_(p, 0.5)
-        return model, ExtraAdam(model.parameters(), **(knobs if saved else {**knobs, "lr": 0.5}))
+        return model, ExtraAdam(model.parameters(), **(hyperparameters if saved else {**hyperparameters, "lr": 0.5}))
 
     model, optimizer = make(saved=True)
     train(model, optimizer, range(EVERY + 1))
@@ -166,19 +168,19 @@ def rank_dcp(rank: int, folder: str, options: dict[str, Any], knobs: dict[str, A
     ids=["sharded", "flat", "full"],
 )
 def test_dcp_resumes_bit_for_bit(ranks: Ranks, tmp_path: Path, options: dict[str, Any]) -> None:
-    ranks.run(rank_dcp, str(tmp_path / "checkpoint"), options, {**KNOBS, **RULES["gated"]})
+    ranks.run(rank_dcp, str(tmp_path / "checkpoint"), options, {**HYPERPARAMETERS, **RULES["gated"]})
 
 
 def rank_dcp_from_adamw(rank: int, folder: str) -> None:
     model = fully_shard(make_model())
-    adamw = AdamW(model.parameters(), lr=KNOBS["lr"])
+    adamw = AdamW(model.parameters(), lr=HYPERPARAMETERS["lr"])
     train(model, adamw, range(EVERY + 1))
     weights, state = dcp_state_dict.get_state_dict(model, adamw)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
 
     resumed = fully_shard(make_model())
-    optimizer = ExtraAdam(resumed.parameters(), **KNOBS, **RULES["paper"])
-    template = AdamW(resumed.parameters(), lr=KNOBS["lr"])  # DCP reads what the template has
+    optimizer = ExtraAdam(resumed.parameters(), **HYPERPARAMETERS, **RULES["paper"])
+    template = AdamW(resumed.parameters(), lr=HYPERPARAMETERS["lr"])  # DCP reads what the template has
     weights, state = dcp_state_dict.get_state_dict(resumed, template)
     loaded = {"model": weights, "optimizer": state}
     dcp.load(loaded, checkpoint_id=folder)
@@ -192,18 +194,18 @@ def rank_dcp_from_adamw(rank: int, folder: str) -> None:
     train(model, adamw, range(2 * EVERY, 2 * EVERY + 1))
     train(resumed, optimizer, range(2 * EVERY, 2 * EVERY + 1))
     for p, e, a in zip(whole(resumed.parameters()), whole(model.parameters()), anchors):
-        torch.testing.assert_close(p, e + KNOBS["extra_steps"] / EVERY * (e - a), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(p, e + HYPERPARAMETERS["extra_steps"] / EVERY * (e - a), rtol=1e-5, atol=1e-6)
 
 
 def test_dcp_checkpoint_of_adamw_starts_a_new_cycle(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(rank_dcp_from_adamw, str(tmp_path / "checkpoint"))
 
 
-def rank_ddp(rank: int, knobs: dict[str, Any]) -> list[tuple[Any, ...]]:
+def rank_ddp(rank: int, hyperparameters: dict[str, Any]) -> list[tuple[Any, ...]]:
     model = DistributedDataParallel(make_model())
-    reports = train(model, ExtraAdam(model.parameters(), **knobs), range(STEPS))
+    reports = train(model, ExtraAdam(model.parameters(), **hyperparameters), range(STEPS))
     single = make_model()
-    expected = train(single, ExtraAdam(single.parameters(), **knobs), range(STEPS))
+    expected = train(single, ExtraAdam(single.parameters(), **hyperparameters), range(STEPS))
     assert_same(whole(model.parameters()), whole(single.parameters()))
     assert reports == expected
     return [(r.step, r.gate, r.coherence, r.jumped) for r in reports]
@@ -211,13 +213,13 @@ def rank_ddp(rank: int, knobs: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_ddp_jumps_like_one_process(ranks: Ranks, rule: str) -> None:
-    first, second = ranks.run(rank_ddp, {**KNOBS, **RULES[rule]})
+    first, second = ranks.run(rank_ddp, {**HYPERPARAMETERS, **RULES[rule]})
     assert first == second and first[-1][3] > 0
 
 
-def rank_zero_redundancy(rank: int, knobs: dict[str, Any]) -> float:
+def rank_zero_redundancy(rank: int, hyperparameters: dict[str, Any]) -> float:
     def make(model: nn.Module) -> ZeroRedundancyOptimizer:
-        return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=ExtraAdam, **knobs)
+        return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=ExtraAdam, **hyperparameters)
 
     model = make_model()
     optimizer = make(model)
@@ -233,7 +235,7 @@ def rank_zero_redundancy(rank: int, knobs: dict[str, Any]) -> float:
     assert_same(whole(resumed.parameters()), whole(model.parameters()))
 
     single = make_model()
-    train(single, ExtraAdam(single.parameters(), **knobs), range(STEPS))
+    train(single, ExtraAdam(single.parameters(), **hyperparameters), range(STEPS))
     assert_same(whole(model.parameters()), whole(single.parameters()))
     return optimizer.optim.last_jump.coherence
 
@@ -241,7 +243,7 @@ def rank_zero_redundancy(rank: int, knobs: dict[str, Any]) -> float:
 @pytest.mark.parametrize("rule", RULES)
 def test_zero_redundancy_optimizer_resumes_and_jumps_like_one_process(ranks: Ranks, rule: str) -> None:
     """Each rank steps whole tensors of its own, and each tensor has a gate of its own."""
-    first, second = ranks.run(rank_zero_redundancy, {**KNOBS, **RULES[rule]})
+    first, second = ranks.run(rank_zero_redundancy, {**HYPERPARAMETERS, **RULES[rule]})
     if rule == "gated":
         assert first != second, "ranks that share a gate by chance prove nothing"
 
@@ -252,7 +254,7 @@ def test_dcp_filling_a_fresh_state_moves_no_weight(rule: str, every: int) -> Non
     """DCP makes the state of an optimizer that has none by a step with gradients and learning rate of 0."""
     model = make_model()
     before = copy.deepcopy(model)
-    optimizer = ExtraAdam(model.parameters(), **{**KNOBS, **RULES[rule], "extra_every": every})
+    optimizer = ExtraAdam(model.parameters(), **{**HYPERPARAMETERS, **RULES[rule], "extra_every": every})
     state = dcp_state_dict.get_optimizer_state_dict(model, optimizer)
     assert_same(whole(model.parameters()), whole(before.parameters()))
     anchors = [entry["extra_anchor"] for entry in state["state"].values()]
@@ -263,16 +265,18 @@ def test_dcp_filling_a_fresh_state_moves_no_weight(rule: str, every: int) -> Non
 def test_weights_loaded_after_dcp_filled_a_fresh_state_are_no_drift(rule: str) -> None:
     """DCP's step is no step of training: the weights that the first real step starts from are the anchor."""
     ours, theirs = make_model(), make_model()
-    optimizer = ExtraAdam(ours.parameters(), **KNOBS, **RULES[rule])
+    optimizer = ExtraAdam(ours.parameters(), **HYPERPARAMETERS, **RULES[rule])
     dcp_state_dict.get_optimizer_state_dict(ours, optimizer)
     pretrained = {name: 5 + value for name, value in ours.state_dict().items()}
     ours.load_state_dict(pretrained)
     theirs.load_state_dict(pretrained)
     train(ours, optimizer, range(EVERY))
-    train(theirs, AdamW(theirs.parameters(), lr=KNOBS["lr"]), range(EVERY))
+    train(theirs, AdamW(theirs.parameters(), lr=HYPERPARAMETERS["lr"]), range(EVERY))
     # AdamW moves a weight by at most about lr a step, and a jump goes on for extra_steps of them
-    reach = 2 * KNOBS["lr"] * (EVERY + KNOBS["extra_steps"])
+    reach = 2 * HYPERPARAMETERS["lr"] * (EVERY + HYPERPARAMETERS["extra_steps"])
     jumps = [float((p - q).abs().max()) for p, q in zip(whole(ours.parameters()), whole(theirs.parameters()))]
     assert max(jumps) < reach
-    drifts = [float(state["extra_drift"].abs().max()) for state in optimizer.state.values() if "extra_drift" in state]
+    drifts = [
+        float(state["extra_estimate"].abs().max()) for state in optimizer.state.values() if "extra_estimate" in state
+    ]
     assert max(drifts, default=0.0) < reach

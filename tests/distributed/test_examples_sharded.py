@@ -62,7 +62,8 @@ def one_process() -> list[Line]:
     torch.manual_seed(0)
     nn = torch.nn
     model = nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
-    optimizer = ExtraAdam(model.parameters(), lr=1e-3, extra_every=5, extra_steps=25)
+    # its outputs are no logits: where they are found to be none, jumps are short, as without a look at them
+    optimizer = ExtraAdam(model.parameters(), lr=1e-3, extra_every=5, extra_steps=25, extra_watch=False)
     x = torch.linspace(-3, 3, 512)[:, None]
     lines = []
     for step in range(1, 101):
@@ -86,14 +87,14 @@ def assert_like(lines: list[Line], expected: list[Line], loss: float) -> None:
     assert lines[-1][1] < lines[0][1] / 3
 
 
-def test_fsdp2_forgets_its_cycles_on_resuming(tmp_path: Path, one_process: list[Line]):
+def test_fsdp2_keeps_its_cycles_on_resuming(tmp_path: Path, one_process: list[Line]):
     _, lines = torchrun(tmp_path, "fsdp2.py")
     assert_like(lines, one_process, loss=0.2)
     after = {line[0]: line for line in lines}[50]
-    assert after[4] >= 4, "in the third step after the checkpoint most jump: its cycle and its estimate came along"
+    assert after[4] > 0, "in the third step after the checkpoint some jump: its cycle and its estimate came along"
 
 
-def test_lightning_forgets_its_cycles_on_resuming(tmp_path: Path, one_process: list[Line]):
+def test_lightning_keeps_its_cycles_on_resuming(tmp_path: Path, one_process: list[Line]):
     if find_spec("lightning") is None:
         pytest.skip("lightning is not installed")
     out, lines = run(tmp_path, Path(sys.executable).name, str(EXAMPLES / "lightning_module.py"))
@@ -102,14 +103,14 @@ def test_lightning_forgets_its_cycles_on_resuming(tmp_path: Path, one_process: l
     assert len(LINE.findall(before)) == 9 and len(LINE.findall(after)) == 11
 
 
-def test_accelerate_fsdp2_shards_nothing_or_jumps_otherwise(tmp_path: Path, one_process: list[Line]):
+def test_accelerate_fsdp2_shards_and_jumps_like_one_process(tmp_path: Path, one_process: list[Line]):
     pytest.importorskip("accelerate")
     out, lines = launch(tmp_path, "fsdp2.yaml")
     assert "FSDP, 2 processes, weights: DTensor" in out
     assert_like(lines, one_process, loss=0.2)
 
 
-def test_accelerate_zero2_steps_without_deepspeed_or_never_jumps(tmp_path: Path):
+def test_accelerate_zero2_jumps_under_deepspeed(tmp_path: Path):
     if find_spec("deepspeed") is None or find_spec("accelerate") is None:
         pytest.skip("deepspeed or accelerate is not installed")
     out, lines = launch(tmp_path, "zero2.yaml")
@@ -120,7 +121,7 @@ def test_accelerate_zero2_steps_without_deepspeed_or_never_jumps(tmp_path: Path)
     assert lines[-1][1] < lines[0][1] / 3
 
 
-def test_the_trainers_deepspeed_never_jumps(tmp_path: Path):
+def test_the_trainers_deepspeed_jumps(tmp_path: Path):
     if find_spec("deepspeed") is None or find_spec("transformers") is None:
         pytest.skip("deepspeed or transformers is not installed")
     _, lines = torchrun(tmp_path, "deepspeed_zero.py")

@@ -33,7 +33,7 @@ WORLD = 4
 EVERY = 3
 STEPS = 5 * EVERY
 # steep enough that some tensors jump and others retreat
-GATED: dict[str, Any] = {"lr": 0.05, "extra_every": EVERY, "extra_steps": 15, "extra_gate": 0.9}
+GATED: dict[str, Any] = {"lr": 0.05, "extra_every": EVERY, "extra_steps": 15, "extra_gate": 0.9, "extra_kl": None}
 OPEN: dict[str, Any] = {**GATED, "extra_gate": None}
 # Layouts, and whether AdamW's weights in them are those of one process, bit for bit. A tensor-parallel layer sums its
 # products in another order, so there all is in float64 and compared to 9 digits.
@@ -176,10 +176,10 @@ def assert_like(reports: list[JumpReport], expected: list[JumpReport]) -> None:
             assert getattr(report, name) == pytest.approx(getattr(one, name), rel=1e-5, abs=1e-6), name
 
 
-def rank_layout(rank: int, layout: str, knobs: dict[str, Any]) -> tuple[list[JumpReport], list[list[int]]]:
+def rank_layout(rank: int, layout: str, hyperparameters: dict[str, Any]) -> tuple[list[JumpReport], list[list[int]]]:
     exact = LAYOUTS[layout]
     weights = {}
-    for kind, options in ((AdamW, {"lr": knobs["lr"]}), (ExtraAdam, knobs)):
+    for kind, options in ((AdamW, {"lr": hyperparameters["lr"]}), (ExtraAdam, hyperparameters)):
         model = spread(make_model(layout), layout)
         optimizer = kind(model.parameters(), **options)
         reports, _ = train(model, optimizer, range(STEPS))
@@ -191,7 +191,7 @@ def rank_layout(rank: int, layout: str, knobs: dict[str, Any]) -> tuple[list[Jum
     assert_like(reports, expected)
     assert not any(torch.equal(a, e) for a, e in zip(weights[AdamW], weights[ExtraAdam])), "nothing was moved"
     for p, q in zip(model.parameters(), single.parameters()):
-        for key in sorted({"extra_anchor", "extra_drift"} & optimizer.state[p].keys()):  # all ranks gather alike
+        for key in sorted({"extra_anchor", "extra_estimate"} & optimizer.state[p].keys()):  # all ranks gather alike
             state = optimizer.state[p][key]
             assert type(state) is type(p.data) and getattr(state, "placements", 0) == getattr(p, "placements", 0), key
             assert_close(whole([state]), [alone.state[q][key]], exact)
@@ -199,10 +199,10 @@ def rank_layout(rank: int, layout: str, knobs: dict[str, Any]) -> tuple[list[Jum
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_jump_at_other_steps_or_by_other_gates_than_one_process(ranks: FourRanks, layout: str) -> None:
+def test_ranks_jump_at_the_steps_and_by_the_gates_of_one_process(ranks: FourRanks, layout: str) -> None:
     answers = ranks.run(rank_layout, layout, GATED)
     reports = answers[0][0]
-    assert all(other == reports for other, _ in answers), "ranks decided differently"
+    assert all(repr(other) == repr(reports) for other, _ in answers), "ranks decided differently"
     assert [r.step for r in reports] == list(range(EVERY, STEPS + 1, EVERY))
     tensors = len(answers[0][1])
     assert any(0 < r.jumped < tensors for r in reports), "all jump or all retreat: that does not tell the tensors apart"
@@ -212,25 +212,20 @@ def test_ranks_jump_at_other_steps_or_by_other_gates_than_one_process(ranks: Fou
         assert rows == [[2, 2, 2, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], "no shard is uneven or empty"
 
 
-def test_open_jumps_differ_between_ranks_with_empty_shards(ranks: FourRanks) -> None:
+def test_open_jumps_are_alike_on_ranks_with_empty_shards(ranks: FourRanks) -> None:
     paper = {**OPEN, "extra_beta": 0.0}
     answers = ranks.run(rank_layout, "shard", paper)
-    assert all(other == answers[0][0] for other, _ in answers)
+    assert all(repr(other) == repr(answers[0][0]) for other, _ in answers)
     assert all(r.gate == 1 and r.jumped == 8 for r in answers[0][0])
 
 
 def rank_by_hand(rank: int, layout: str) -> list[JumpReport | None]:
-    """A jump that is taken back for a metric that is bad on the mean over ranks, and one that is called for."""
+    """A jump that is called for in the middle of a cycle."""
     models = spread(make_model(layout), layout), make_model(layout)
     optimizers = [ExtraAdam(model.parameters(), **GATED) for model in models]
     seen: list[list[Any]] = [[], []]
     for step in range(4 * EVERY):
         for model, optimizer, events in zip(models, optimizers, seen):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
-                # the third rank alone sees that it is worse, and the others that it is a little better
-                taken_back = optimizer.report(0.01 * step - (step >= 2 * EVERY) * (rank == 2))
-            assert taken_back == (step == 2 * EVERY + 2)
             train(model, optimizer, range(step, step + 1))
             events.append(optimizer.jump() if step == 3 * EVERY + 1 else optimizer.last_jump)
     assert_close(whole(models[0].parameters()), whole(models[1].parameters()), LAYOUTS[layout])
@@ -239,9 +234,9 @@ def rank_by_hand(rank: int, layout: str) -> list[JumpReport | None]:
 
 
 @pytest.mark.parametrize("layout", ["hsdp", "mixed"])
-def test_ranks_disagree_on_a_jump_that_is_taken_back_or_called_for(ranks: FourRanks, layout: str) -> None:
+def test_ranks_agree_on_a_jump_that_is_called_for(ranks: FourRanks, layout: str) -> None:
     answers = ranks.run(rank_by_hand, layout)
-    assert all(answer == answers[0] for answer in answers), "ranks decided differently"
+    assert all(repr(answer) == repr(answers[0]) for answer in answers), "ranks decided differently"
     by_hand = answers[0][3 * EVERY + 1]
     assert by_hand.step == 3 * EVERY + 2 and by_hand.jumped > 0
 
@@ -256,12 +251,12 @@ def rank_poisoned(rank: int, layout: str, parameter: int) -> tuple[list[tuple[in
 
 
 @pytest.mark.parametrize("layout, parameter, shape", [("shard", 0, (7, 5)), ("fsdp of tensor-parallel", 2, (6, 7))])
-def test_a_nan_in_one_shard_makes_ranks_disagree_or_hang(
+def test_ranks_agree_on_a_nan_in_one_shard(
     ranks: FourRanks, layout: str, parameter: int, shape: tuple[int, int]
 ) -> None:
     answers = ranks.run(rank_poisoned, layout, parameter)
     reports, warned, finite = answers[0]
-    assert all(answer == answers[0] for answer in answers), "ranks decided differently"
+    assert all(repr(answer) == repr(answers[0]) for answer in answers), "ranks decided differently"
     assert reports[0][2] == 0 and reports[1][1] > 0 and reports[1][2] == 1
     assert len(warned) == 1 and f"1 of {len(finite)} tensors" in warned[0] and f"shape {shape}" in warned[0]
     assert finite == [i != parameter for i in range(len(finite))]
@@ -272,12 +267,14 @@ def rank_dcp(rank: int, folder: str, saved: int, loaded: int) -> list[JumpReport
     meshes = {n: DeviceMesh("cpu", list(range(n))) for n in (1, 2, 4)}  # on all ranks, as new groups have to be
     half = EVERY + 1  # in the middle of the second cycle
 
-    def make(world: int, knobs: dict[str, Any]) -> tuple[nn.Module, ExtraAdam, dict[str, Any], dict[str, Any]]:
+    def make(
+        world: int, hyperparameters: dict[str, Any]
+    ) -> tuple[nn.Module, ExtraAdam, dict[str, Any], dict[str, Any]]:
         model = make_model()
         if world > 1:
             fully_shard(model, mesh=meshes[world])
         where = {"no_dist": True} if world == 1 else {"process_group": meshes[world].get_group()}
-        return model, ExtraAdam(model.parameters(), **knobs), where, {"checkpoint_id": folder}
+        return model, ExtraAdam(model.parameters(), **hyperparameters), where, {"checkpoint_id": folder}
 
     if rank < saved:
         model, optimizer, where, path = make(saved, GATED)
@@ -306,11 +303,11 @@ def rank_dcp(rank: int, folder: str, saved: int, loaded: int) -> list[JumpReport
 
 
 @pytest.mark.parametrize("saved, loaded", [(4, 2), (4, 1), (2, 4), (1, 4)])
-def test_a_checkpoint_resumes_otherwise_on_another_number_of_ranks(
+def test_a_checkpoint_resumes_on_another_number_of_ranks(
     ranks: FourRanks, tmp_path: Path, saved: int, loaded: int
 ) -> None:
     answers = ranks.run(rank_dcp, str(tmp_path / "checkpoint"), saved, loaded)
-    assert all(answer == answers[0] for answer in answers[:loaded])
+    assert all(repr(answer) == repr(answers[0]) for answer in answers[:loaded])
     assert [r.step for r in answers[0]] == list(range(2 * EVERY, STEPS + 1, EVERY)) and answers[0][-1].jumped > 0
 
 
@@ -326,6 +323,6 @@ def rank_zero_redundancy(rank: int) -> int:
     return len(inner.state)
 
 
-def test_zero_redundancy_optimizer_on_four_ranks_leaves_the_path_of_one_process(ranks: FourRanks) -> None:
+def test_zero_redundancy_optimizer_on_four_ranks_keeps_to_the_path_of_one_process(ranks: FourRanks) -> None:
     owned = ranks.run(rank_zero_redundancy)
     assert sum(owned) == 8 and min(owned) > 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contract import EVERY, KNOBS, Make, assert_same, clones, give_gradients, parameters
+from contract import EVERY, HYPERPARAMETERS, Make, assert_same, clones, give_gradients, parameters
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn import Parameter
@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 from extraopt import ExtraAdam
 
 RULES: dict[str, Make] = {
-    "gated": partial(ExtraAdam, **KNOBS),
-    "paper": partial(ExtraAdam, **KNOBS, extra_beta=0.0, extra_gate=None),
+    "gated": partial(ExtraAdam, **HYPERPARAMETERS),
+    "paper": partial(ExtraAdam, **HYPERPARAMETERS, extra_beta=0.0, extra_gate=None),
 }
 STEPS = 3 * EVERY + 2
 

@@ -107,17 +107,17 @@ def check(first: dict[str, Any], second: dict[str, Any]) -> None:
         assert 0 < first[f"gate {what}"] < 1, "a gate that is open or shut does not depend on sums"
 
 
-def test_another_process_makes_other_bits(one_thread: dict[str, Any], tmp_path: Path) -> None:
+def test_another_process_makes_the_same_bits(one_thread: dict[str, Any], tmp_path: Path) -> None:
     second = run(1, tmp_path)
     check(one_thread, second)
     assert one_thread == second
 
 
-def test_another_number_of_threads_makes_other_bits(one_thread: dict[str, Any], tmp_path: Path) -> None:
+def test_another_number_of_threads_makes_the_same_bits(one_thread: dict[str, Any], tmp_path: Path) -> None:
     check(one_thread, run(2, tmp_path))
 
 
 @pytest.mark.parametrize("name", ["for-loop", "foreach", "fused"])
-def test_foreach_or_fused_makes_other_jumps(one_thread: dict[str, Any], name: str) -> None:
+def test_foreach_and_fused_open_gates_as_far(one_thread: dict[str, Any], name: str) -> None:
     """AdamW's implementations differ in their last bits; how far gates open must not follow from that."""
     assert one_thread[f"gate fixed_gradients {name}"] == one_thread["gate fixed_gradients for-loop"]

@@ -84,13 +84,13 @@ def long_run(steps: int, window: int, settled: int) -> None:
     assert statistics.quantiles(last, n=10)[0] < 1.5 * statistics.quantiles(first, n=10)[0]
 
 
-def test_20_000_steps_leak_or_slow_down_or_shift_the_cycle(capfd: pytest.CaptureFixture[str]) -> None:
+def test_20_000_steps_keep_memory_speed_and_the_cycle(capfd: pytest.CaptureFixture[str]) -> None:
     long_run(20_000, 1000, settled=10_000)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow
-def test_a_million_steps_leak_or_slow_down_or_shift_the_cycle(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_million_steps_keep_memory_speed_and_the_cycle(capfd: pytest.CaptureFixture[str]) -> None:
     long_run(1_000_000, 10_000, settled=100_000)
     assert capfd.readouterr() == ("", "")
 
@@ -121,7 +121,7 @@ def near_the_limit(every: int) -> tuple[list[Tensor], ExtraAdam]:
     return params, optimizer
 
 
-def test_adamw_fails_where_its_counter_ends() -> None:
+def test_adamw_steps_on_where_its_counter_ends() -> None:
     """It does not: the counter stands still, which bias corrections of 1 do not notice, and it goes on to step."""
     params, grads = two_tensors()
     optimizer = torch.optim.AdamW(params)
@@ -138,13 +138,13 @@ def test_adamw_fails_where_its_counter_ends() -> None:
 
 
 @pytest.mark.parametrize("every", [3, 4, 7, 8])
-def test_cycles_shift_just_before_the_counters_limit(every: int) -> None:
+def test_cycles_keep_their_phase_up_to_the_counters_limit(every: int) -> None:
     params, optimizer = near_the_limit(every)
     assert ends_from(optimizer, params, 5) == [i for i in range(1, 6) if (LIMIT - 5 + i) % every == 0]
 
 
 @pytest.mark.parametrize("every", [3, 4, 7, 8])
-def test_past_the_counters_limit_it_jumps_at_the_wrong_moment_or_stops_training(every: int) -> None:
+def test_past_the_counters_limit_it_trains_on_as_adamw(every: int) -> None:
     """AdamW's float32 count stands still there, so no cycle ends any more: what is left is AdamW."""
     params, optimizer = near_the_limit(every)
     assert all(i <= 5 for i in ends_from(optimizer, params, 40))
@@ -152,7 +152,7 @@ def test_past_the_counters_limit_it_jumps_at_the_wrong_moment_or_stops_training(
     assert not ends_from(optimizer, params, 1) and not any(map(torch.equal, params, before))
 
 
-def test_the_wrappers_own_counter_has_a_limit() -> None:
+def test_the_wrappers_own_counter_has_no_limit() -> None:
     """It is an int."""
     params, _ = two_tensors()
     optimizer = Extra(torch.optim.SGD(params, lr=0.01), extra_every=K, extra_steps=2 * K, extra_kl=None)
@@ -170,7 +170,7 @@ def many(kind: type[torch.optim.AdamW], **options: object) -> torch.optim.AdamW:
     return kind(params, **options)
 
 
-def test_10_000_parameters_are_too_many_for_a_cycle() -> None:
+def test_10_000_parameters_jump_together() -> None:
     optimizer = many(ExtraAdam, foreach=True, extra_every=3, extra_steps=6, extra_kl=None)
     for _ in range(6):
         optimizer.step()
@@ -180,7 +180,7 @@ def test_10_000_parameters_are_too_many_for_a_cycle() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["for-loop", "foreach", "fused"])
-def test_10_000_parameters_make_a_step_without_a_jump_dearer_than_adamws(implementation: str) -> None:
+def test_10_000_parameters_cost_a_step_without_a_jump_little_more_than_adamws(implementation: str) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         pytest.skip("times beside other tests say nothing")
     flags = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}[implementation]

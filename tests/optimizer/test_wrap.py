@@ -111,7 +111,7 @@ NOT_KEPT = {"has_the_signature_of_adamw", "copies_keep_the_fused_scaler_path"}
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("check", sorted(CHECKS.keys() - NOT_KEPT))
-def test_around_adamw_it_breaks_the_contract(check, rule):
+def test_around_adamw_it_keeps_the_contract(check, rule):
     CHECKS[check](
         lambda params, **options: make(torch.optim.AdamW, params, **{**RULES[rule], "extra_every": 10, **options})
     )
@@ -142,13 +142,13 @@ GENERAL = [
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop], ids=["SGD", "RMSprop"])
 @pytest.mark.parametrize("check", GENERAL)
-def test_around_an_optimizer_with_and_without_a_counter_it_breaks_the_contract(check, base):
+def test_around_an_optimizer_with_and_without_a_counter_it_keeps_the_contract(check, base):
     CHECKS[check](partial(make, base))
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("rule", RULES)
-def test_around_adamw_the_run_differs_from_extra_adam(rule, flags):
+def test_around_adamw_the_run_is_that_of_extra_adam(rule, flags):
     """With a warm-up from lr 0, and one tensor that gets its first gradient late and then now and then."""
     runs = []
     for make in (ExtraAdam, lambda params, **options: Extra(torch.optim.AdamW(params, **options), **RULES[rule])):
@@ -187,7 +187,7 @@ def by_hand(params: Sequence[Tensor], optimizer: Optimizer, steps: int) -> None:
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_the_jump_is_not_that_of_the_rule(name):
+def test_the_jump_is_that_of_the_rule(name):
     ours, theirs, plain = (weights(torch.float64) for _ in range(3))
     optimizer = wrapped(name, ours, **PAPER)
     train(optimizer, ours, range(4 * EVERY + 1))
@@ -199,7 +199,7 @@ def test_the_jump_is_not_that_of_the_rule(name):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_the_first_cycle_jumps_through_the_gate_and_a_straight_path_does_not(name):
+def test_with_a_gate_a_straight_path_jumps_from_the_second_cycle_on(name):
     params = weights()
     optimizer = wrapped(name, params)
     cycles = 3 if name == "schedule-free RAdam" else 2  # its first five steps are of lr 0
@@ -215,7 +215,7 @@ def test_the_first_cycle_jumps_through_the_gate_and_a_straight_path_does_not(nam
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_without_a_horizon_it_is_another_optimizer(name):
+def test_without_a_horizon_it_is_its_base(name):
     ours, theirs = weights(), weights()
     optimizer, base = wrapped(name, ours, extra_steps=0), based(name, theirs)
     train(optimizer, ours, range(3 * EVERY))
@@ -225,7 +225,7 @@ def test_without_a_horizon_it_is_another_optimizer(name):
     assert optimizer.last_jump is None
 
 
-def test_a_base_with_low_precision_weights_gets_anchors_of_another_form():
+def test_a_base_with_low_precision_weights_gets_anchors_of_their_form():
     for dtype in torch.bfloat16, torch.float16:
         params = weights(dtype)
         optimizer = wrapped("SGD with momentum", params)
@@ -241,7 +241,7 @@ def test_a_base_with_low_precision_weights_gets_anchors_of_another_form():
 
 @pytest.mark.parametrize("offset", range(EVERY))
 @pytest.mark.parametrize("name", BASES)
-def test_a_resumed_run_is_another_run(name, offset):
+def test_a_resumed_run_is_the_same_run(name, offset):
     """Through a file, read with weights_only, into an optimizer with other hyperparameters."""
     whole, first = weights(), weights()
     optimizer, before = wrapped(name, whole), wrapped(name, first)
@@ -270,7 +270,7 @@ def through_torch_save(value: Any) -> Any:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, through_torch_save])
 @pytest.mark.parametrize("name", BASES)
-def test_a_copy_goes_another_way(name, copied):
+def test_a_copy_goes_the_same_way(name, copied):
     params = weights()
     optimizer = wrapped(name, params)
     train(optimizer, params, range(EVERY + 1))
@@ -286,7 +286,7 @@ def test_a_copy_goes_another_way(name, copied):
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_a_checkpoint_of_the_base_alone_fails_or_jumps_across_the_load(name):
+def test_a_checkpoint_of_the_base_alone_starts_a_new_cycle(name):
     before, ours = weights(), weights()
     base = based(name, before)
     train(base, before, range(EVERY + 1))
@@ -307,7 +307,7 @@ def test_a_checkpoint_of_the_base_alone_fails_or_jumps_across_the_load(name):
         torch.testing.assert_close(p, q + STEPS / EVERY * (q - start), rtol=1e-4, atol=1e-5)
 
 
-def test_hyperparameters_that_a_checkpoint_lacks_are_those_of_another_group():
+def test_hyperparameters_that_a_checkpoint_lacks_stay_those_of_each_group():
     params = weights()
     state = torch.optim.SGD([{"params": [p]} for p in params]).state_dict()
     optimizer = Extra(torch.optim.SGD([{"params": params[:1], "extra_every": 7}, {"params": params[1:]}]), **RULE)
@@ -318,7 +318,7 @@ def test_hyperparameters_that_a_checkpoint_lacks_are_those_of_another_group():
     assert optimizer.param_groups[0]["extra_gate"] == optimizer.defaults["extra_gate"]
 
 
-def test_a_base_that_has_stepped_before_it_was_wrapped_loses_its_state():
+def test_a_base_that_has_stepped_before_it_was_wrapped_keeps_its_state():
     params, twins = weights(), weights()
     base, twin = torch.optim.RMSprop(params, lr=0.01), torch.optim.RMSprop(twins, lr=0.01)
     train(base, params, range(4))
@@ -331,7 +331,7 @@ def test_a_base_that_has_stepped_before_it_was_wrapped_loses_its_state():
     assert optimizer.last_jump.step == 7 and optimizer.last_jump.jumped == 2
 
 
-def test_a_checkpoint_of_extra_adam_or_for_it_starts_another_run():
+def test_a_checkpoint_of_extra_adam_or_for_it_goes_on():
     whole = weights()
     train(ExtraAdam(whole, **HYPERPARAMETERS), whole, range(4 * EVERY))
     for first, second in (ExtraAdam, partial(make, torch.optim.AdamW)), (partial(make, torch.optim.AdamW), ExtraAdam):
@@ -343,7 +343,7 @@ def test_a_checkpoint_of_extra_adam_or_for_it_starts_another_run():
         assert_same([*whole], [*params])
 
 
-def test_a_refused_checkpoint_changes_the_optimizer():
+def test_a_refused_checkpoint_changes_nothing():
     params, others = weights(), parameters(shapes=((4, 3), (5, 2)))
     optimizer, other = wrapped("SGD", params), wrapped("SGD", others)
     train(optimizer, params, range(EVERY + 1))
@@ -363,7 +363,7 @@ def test_a_refused_checkpoint_changes_the_optimizer():
     assert_same([*params], [*twins])
 
 
-def test_a_step_that_raises_leaves_a_cycle_begun():
+def test_a_step_that_raises_begins_no_cycle():
     params = weights()
     optimizer = wrapped("schedule-free AdamW", params)
     optimizer.eval()
@@ -375,7 +375,7 @@ def test_a_step_that_raises_leaves_a_cycle_begun():
     assert optimizer.last_jump.step == EVERY
 
 
-def test_the_template_step_of_distributed_checkpoint_becomes_the_anchor():
+def test_the_template_step_of_distributed_checkpoint_is_no_anchor():
     """It fills a fresh state by a step with lr 0; weights loaded after that are no drift."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -403,7 +403,7 @@ def test_the_template_step_of_distributed_checkpoint_becomes_the_anchor():
 # --- groups and hyperparameters --------------------------------------------------------------------------------------
 
 
-def test_the_base_and_its_wrapper_disagree_about_their_groups():
+def test_the_base_and_its_wrapper_share_their_groups():
     (a, b, c), optimizer = parameters(shapes=((3,), (3,), (3,))), None
     base = torch.optim.SGD([{"params": [a], "extra_every": 7}, {"params": [b], "lr": 0.5}], lr=0.01)
     optimizer = Extra(base, **RULE)
@@ -423,7 +423,7 @@ def test_the_base_and_its_wrapper_disagree_about_their_groups():
 @pytest.mark.parametrize(
     "hyperparameters", [{"extra_every": 0}, {"extra_steps": -1}, {"extra_gate": 2.0}, {"extra_beta": 1.0}]
 )
-def test_a_wrong_hyperparameter_is_taken_or_spoils_the_base(hyperparameters):
+def test_a_wrong_hyperparameter_is_refused_and_leaves_the_base_alone(hyperparameters):
     (p, q), name = weights(), next(iter(hyperparameters))
     base = torch.optim.SGD([p])
     before = copy.deepcopy((base.defaults, base.param_groups))
@@ -437,7 +437,7 @@ def test_a_wrong_hyperparameter_is_taken_or_spoils_the_base(hyperparameters):
     assert len(base.param_groups) == 1
 
 
-def test_its_defaults_are_not_those_of_extra_adam():
+def test_its_defaults_are_those_of_extra_adam():
     theirs = inspect.signature(ExtraAdam).parameters
     ours = inspect.signature(Extra).parameters
     assert {k: v.default for k, v in ours.items() if k != "base_optimizer"} == {
@@ -445,7 +445,7 @@ def test_its_defaults_are_not_those_of_extra_adam():
     }
 
 
-def test_an_optimizer_without_single_steps_or_with_jumps_is_wrapped():
+def test_an_optimizer_without_single_steps_or_with_jumps_is_refused():
     params = weights()
     with pytest.raises(TypeError, match="dict is not a torch.optim.Optimizer"):
         Extra({})  # type: ignore[arg-type]
@@ -605,7 +605,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 @pytest.mark.parametrize("held", ["base before", "base after", "wrapper"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")  # SequentialLR's own
-def test_a_scheduler_does_not_reach_the_base_or_warns(name, held):
+def test_a_scheduler_reaches_the_base_without_a_warning(name, held):
     """The lr, with a state dict loaded on the way, is that of the base alone, and steps are seen to be made."""
     lrs: list[list[Any]] = [[], []]
     for run, wrap in enumerate([False, True]):
@@ -626,7 +626,7 @@ def test_a_scheduler_does_not_reach_the_base_or_warns(name, held):
     assert len({lr for lr in lrs[1][:9]}) > 1
 
 
-def test_a_profile_shows_the_step_of_the_base_or_shows_it_twice():
+def test_a_profile_shows_the_step_once():
     params = weights()
     optimizer = wrapped("SGD", params)
     train(optimizer, params, [0])
@@ -637,7 +637,7 @@ def test_a_profile_shows_the_step_of_the_base_or_shows_it_twice():
     assert sorted(names) == ["Optimizer.step#Extra.step", "Optimizer.zero_grad#Extra.zero_grad"]
 
 
-def test_a_compiled_step_makes_another_run():
+def test_a_compiled_step_makes_the_same_run():
     params, twins = weights(), weights()
     optimizer, twin = wrapped("SGD with momentum", params), wrapped("SGD with momentum", twins)
     step = torch.compile(optimizer.step, backend="eager")
@@ -649,7 +649,7 @@ def test_a_compiled_step_makes_another_run():
     assert optimizer.last_jump == twin.last_jump
 
 
-def test_gradients_stop_at_the_jump_of_a_differentiable_step():
+def test_gradients_pass_through_the_jump_of_a_differentiable_step():
     start = torch.ones(3, dtype=torch.float64, requires_grad=True)
     p = start * 1.0
     p.retain_grad()
@@ -662,7 +662,7 @@ def test_gradients_stop_at_the_jump_of_a_differentiable_step():
     torch.testing.assert_close(start.grad, torch.full((3,), 1 - 0.1 * 0.5, dtype=torch.float64))
 
 
-def test_sparse_gradients_stop_the_jump():
+def test_sparse_gradients_do_not_stop_the_jump():
     table = torch.nn.Embedding(6, 3, sparse=True)
     optimizer = Extra(torch.optim.SparseAdam(table.parameters(), lr=0.01), **PAPER)
     for _ in range(EVERY):
@@ -675,7 +675,7 @@ def test_sparse_gradients_stop_the_jump():
 # --- jump, reset_anchor ----------------------------------------------------------------------------------------------
 
 
-def test_jump_does_not_end_the_cycle_early_or_the_next_one_is_short():
+def test_jump_ends_the_cycle_early_and_the_next_one_is_whole():
     params = weights()
     optimizer = wrapped("SGD", params, **PAPER)
     assert optimizer.jump() is None and optimizer.last_jump is None
@@ -693,7 +693,7 @@ def test_jump_does_not_end_the_cycle_early_or_the_next_one_is_short():
     assert optimizer.last_jump.step == 2 + EVERY
 
 
-def test_an_edit_from_outside_is_extrapolated_after_reset_anchor():
+def test_an_edit_from_outside_is_not_extrapolated_after_reset_anchor():
     params = weights()
     optimizer = wrapped("SGD", params, **PAPER)
     train(optimizer, params, range(EVERY + 1))
@@ -719,7 +719,7 @@ def test_no_jump_before_extra_start_counts_the_steps_before_a_resume():
     assert second.last_jump.jumped == 2
 
 
-def test_weights_gone_bad_are_jumped():
+def test_weights_gone_bad_are_not_jumped():
     params = weights()
     optimizer = wrapped("SGD", params, **PAPER)
     train(optimizer, params, range(EVERY - 1))
@@ -735,7 +735,7 @@ def test_weights_gone_bad_are_jumped():
 
 
 @pytest.mark.parametrize("name", SCHEDULE_FREE)
-def test_a_jump_tears_the_schedule_free_average_from_its_weights(name):
+def test_a_jump_moves_the_schedule_free_average_with_its_weights(name):
     """Weights, their average and z move by the same displacement, so that nothing pulls the jump back."""
 
     def points() -> list[list[Tensor]]:
@@ -757,7 +757,7 @@ def test_a_jump_tears_the_schedule_free_average_from_its_weights(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULE_FREE)
-def test_evaluation_in_the_middle_of_a_cycle_becomes_drift(name):
+def test_evaluation_in_the_middle_of_a_cycle_is_no_drift(name):
     params, twins = weights(torch.float64), weights(torch.float64)
     optimizer, twin = wrapped(name, params), wrapped(name, twins)
     for step in range(3 * EVERY):
@@ -770,7 +770,7 @@ def test_evaluation_in_the_middle_of_a_cycle_becomes_drift(name):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-def test_the_average_is_taken_for_the_weights_in_eval_mode():
+def test_the_average_is_not_taken_for_the_weights_in_eval_mode():
     params = weights()
     optimizer = wrapped("schedule-free AdamW", params)
     train(optimizer, params, range(EVERY + 1))
@@ -785,7 +785,7 @@ def test_the_average_is_taken_for_the_weights_in_eval_mode():
     assert optimizer.jump().step == EVERY + 1
 
 
-def test_train_and_eval_are_found_where_the_base_has_none():
+def test_train_and_eval_are_found_only_where_the_base_has_them():
     """transformers' Trainer and accelerate call them where hasattr finds them."""
     params = weights()
     for name, there in ("SGD", False), ("schedule-free AdamW", True):
@@ -797,7 +797,7 @@ def test_train_and_eval_are_found_where_the_base_has_none():
 
 
 @pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
-def test_an_8_bit_state_is_cast_or_loses_its_anchor_on_resume(library):
+def test_an_8_bit_state_keeps_its_form_and_its_anchor_on_resume(library):
     optim = pytest.importorskip(f"{library}.optim", reason=f"needs {library}: pip install {library}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -827,7 +827,7 @@ def test_an_8_bit_state_is_cast_or_loses_its_anchor_on_resume(library):
 
 
 @pytest.mark.parametrize("name", ["SGD with momentum", "transformers' Adafactor", "schedule-free AdamW"])
-def test_accelerate_loses_the_cycle(name):
+def test_accelerate_keeps_the_cycle(name):
     accelerate = pytest.importorskip("accelerate")
 
     def run(prepare: bool, steps: Iterable[int], state: Any = None, start: Any = None) -> tuple[torch.nn.Module, Any]:
@@ -864,7 +864,7 @@ def test_accelerate_loses_the_cycle(name):
 
 
 @pytest.mark.parametrize("name", ["SGD with momentum", "schedule-free AdamW"])
-def test_the_trainer_of_transformers_loses_the_cycle_on_resume(name, tmp_path):
+def test_the_trainer_of_transformers_keeps_the_cycle_on_resume(name, tmp_path):
     transformers = pytest.importorskip("transformers")
 
     class Model(torch.nn.Module):
@@ -897,7 +897,7 @@ def test_the_trainer_of_transformers_loses_the_cycle_on_resume(name, tmp_path):
     assert_same([*model.parameters()], [*resumed.parameters()])
 
 
-def test_lightning_loses_the_cycle():
+def test_lightning_keeps_the_cycle():
     lightning = pytest.importorskip("lightning.pytorch")
 
     class Module(lightning.LightningModule):
