@@ -145,9 +145,6 @@ class TrustRegion:
         unwatched = Length(min(UNWATCHED, limits.steps), known)
         if self.quietly:
             return unwatched
-        unseen = self.watch.model is None and self.watch.watching
-        if unseen:
-            self.watch.find_compiled()
         try:
             ranks = Ranks(self.watch, params, self.process_group)
             missing, unusable, _ = ranks.sum(
@@ -156,7 +153,7 @@ class TrustRegion:
             if unusable:
                 raise Unusable(self.watch.refused or self._not_found())
             if missing:
-                if most and not unseen:
+                if most:
                     self._warn(
                         "inputs",
                         f"a cycle ended without a forward pass of {type(self.watch.model).__name__} in its last step, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 LOGITS_BYTES = 1 << 28  # of float32 logits at most, of the positions that are looked at
@@ -23,12 +23,18 @@ class Unusable(Exception):
 
 
 class _Hook:
-    """A forward pre-hook that is inert wherever a model was copied or unpickled to."""
+    """A forward pre-hook that is inert wherever a model was copied or unpickled to, and within a compiled graph."""
 
     def __init__(self, act: Callable[..., None]) -> None:
         self.act = weakref.WeakMethod(act)
 
     def __call__(self, *arguments: Any) -> None:
+        if not torch.compiler.is_compiling():  # else it would break the graph
+            self.look(*arguments)
+
+    @_disable_dynamo
+    def look(self, *arguments: Any) -> None:
+        """What a call that is not compiled does."""
         act = self.act()
         if act is not None:
             act(*arguments)
@@ -40,20 +46,13 @@ class _Hook:
         return getattr, (contextlib.nullcontext(), "__exit__")  # does nothing, and a file needs no package of ours
 
 
-def _before_compiled(module: nn.Module, hook: _Hook) -> Callable[[], None]:
-    """Let `hook` see the calls of a module that was compiled in place, without being compiled with it."""
-    compiled: Any = module._compiled_call_impl
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        hook(module, arguments, named)
-        return compiled(*arguments, **named)
-
-    def remove() -> None:
-        if module._compiled_call_impl is call:
-            module._compiled_call_impl = compiled
-
-    module._compiled_call_impl = call
-    return remove
+with contextlib.suppress(AttributeError, TypeError):  # private; without it, compiled models are not seen
+    # Dynamo calls the hooks of a module that it compiles outside of the graph, and would compile each by itself. This
+    # is what its own `skip_code` does, without the import of all of it.
+    _frames = torch._C._dynamo.eval_frame
+    _frames.set_code_exec_strategy(
+        _Hook.__call__.__code__, _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
+    )
 
 
 def _map(what: Callable[[Tensor], Any], value: Any) -> Any:
@@ -168,10 +167,7 @@ class Watch:
             self.refused = str(reason)
             return
         hook = _Hook(self._remember)
-        if self.model._compiled_call_impl is None:
-            self._hold(self.model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
-        else:
-            self._hold(_before_compiled(self.model, hook))
+        self._hold(self.model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
 
     def find(self, own: Callable[[], set[int]], logits: Callable[[Any], Tensor] | None) -> None:
         """Watch the outermost module that is called for training and has most of the parameters with these ids."""
@@ -181,13 +177,6 @@ class Watch:
         first = register_module_forward_pre_hook(_Hook(self._remember_first))
         self._first = first.id
         self._hold(first.remove)
-
-    def find_compiled(self) -> None:
-        """Watch a module that was compiled in place, whose calls no hook from outside of it sees."""
-        modules = [x for x in gc.get_objects() if issubclass(type(x), nn.Module)]  # isinstance trips on dead proxies
-        owners = [m for m in modules if m._compiled_call_impl is not None and self._has_most(m)]
-        if owners:
-            self.attach(max(owners, key=lambda module: len(list(module.modules()))), self._logits)
 
     def _has_most(self, module: nn.Module) -> bool:
         own = self._own()
@@ -210,9 +199,7 @@ class Watch:
         self._captured = None
 
     def _look(self, module: nn.Module, *_: Any) -> None:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return
-        if self._has_most(module):
+        if torch.is_grad_enabled() and self._has_most(module):
             # The hook that is put on it now does not see this very call, whose keyword arguments the next of the global
             # hooks is given if the module says so.
             takes: Any = getattr(module, "_forward_pre_hooks_with_kwargs", {})

@@ -1,0 +1,879 @@
+"""What stands around a model's forward pass: each is watched, and left as it was, or refused with a reason.
+
+A model is found by its first training forward pass, its inputs are remembered in the last step of a cycle, and it is
+run on them again within `step`, in eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import math
+import subprocess
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same
+from test_trust import Passes, batch, llama
+from torch import Tensor, nn
+
+from extraopt import ExtraAdam, JumpReport
+from extraopt.wrap import Extra
+
+EVERY = 3
+OPEN: dict[str, Any] = {"lr": 1e-3, "extra_every": EVERY, "extra_gate": None}
+
+
+def observed(model: nn.Module) -> dict[str, Any]:
+    """All of a model, and around it, that a look at its outputs might change, but for the weights."""
+    return {
+        "rng": torch.get_rng_state(),
+        "buffers": {name: b.clone() for name, b in model.named_buffers()},
+        "same buffers": [id(b) for b in model.buffers()],
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "grads": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+        "asks": [p.requires_grad for p in model.parameters()],
+        "grad mode": torch.is_grad_enabled(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()),
+    }
+
+
+def loss_of(output: Any) -> Tensor:
+    return output["loss"] if isinstance(output, dict) else output.loss
+
+
+def train(
+    model: Any, optimizer: Any, inputs: Callable[[int], dict[str, Any]] = batch, steps: int = 3 * EVERY,
+    loss: Callable[[Any], Tensor] = loss_of, first: int = 0, forward: Any = nullcontext, around: Any = nullcontext,
+) -> list[JumpReport]:  # fmt: skip
+    """A plain loop; what the ends of cycles did. Each step leaves as it was all that it should."""
+    reports = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        with around():
+            with forward():
+                output = model(**inputs(step))
+            loss(output).backward()
+            before, last = observed(model), optimizer.last_jump
+            optimizer.step()
+            assert_same(observed(model), before)
+        if optimizer.last_jump is not last:
+            reports.append(optimizer.last_jump)
+    return reports
+
+
+def watched(reports: list[JumpReport], jumps: int = 3) -> None:
+    assert len(reports) == jumps
+    for report in reports:
+        assert report.length > 0 and 0 < report.kl <= 0.02 and 0 < report.fall <= 0.3, report
+
+
+@pytest.fixture(autouse=True)
+def warnings_fail() -> Iterator[None]:
+    """And no optimizer of an earlier test still looks for its model."""
+    torch.nn.modules.module._global_forward_pre_hooks.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="extraopt")
+        yield
+
+
+# --- loops -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("explicitly", [False, True], ids=["found", "given"])
+def test_a_plain_loop(explicitly: bool) -> None:
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    if explicitly:
+        optimizer.watch(model)
+    watched(train(model, optimizer))
+
+
+def test_another_optimizer_within_extra() -> None:
+    model = llama()
+    optimizer = Extra(torch.optim.SGD(model.parameters(), lr=0.05), extra_every=EVERY, extra_gate=None)
+    watched(train(model, optimizer))
+
+
+def bfloat16() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_autocast_around_the_forward_pass() -> None:
+    """Its weights are float32: outputs that were computed in another dtype than in training are others."""
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    dtypes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.append((output.dtype, module.training)))
+    watched(train(model, optimizer, forward=bfloat16))
+    assert set(dtypes) == {(torch.bfloat16, True), (torch.bfloat16, False)}
+
+
+def test_autocast_within_the_forward_pass() -> None:
+    """As accelerate has it, which replaces the `forward` of the instance."""
+    model = llama()
+    forward = model.forward
+
+    def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+        with bfloat16():
+            return forward(*args, **kwargs)
+
+    autocast_forward.__wrapped__ = forward  # type: ignore[attr-defined]
+    model.forward = autocast_forward
+    dtypes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN)))
+    assert set(dtypes) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("where", ["around the step", "in the forward pass, too"])
+def test_a_step_within_autocast_sees_no_change(where: str) -> None:
+    """Autocast keeps its casts of the weights: each length would give the outputs of the first, and a KL of 0."""
+    model = llama()
+    forward = bfloat16 if where != "around the step" else nullcontext
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN), forward=forward, around=bfloat16))
+
+
+@pytest.mark.parametrize("last", ["labels", "none of them valid"])
+def test_accumulated_gradients(last: str) -> None:
+    """The last micro-batch is looked at; where it has no valid label, one before it."""
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    for step in range(2 * EVERY):
+        optimizer.zero_grad()
+        for micro in range(3):
+            inputs = batch(3 * step + micro)
+            if micro == 2 and last != "labels":
+                inputs["labels"] = torch.full_like(inputs["labels"], -100)
+            output = model(**inputs)
+            (output.loss if micro < 2 or last == "labels" else output.logits.sum() * 0).backward()
+        if step % EVERY == 2:
+            _, named, _ = optimizer._trust.watch._captured
+            assert_same(named, batch(3 * step + (2 if last == "labels" else 1)))
+        optimizer.step()
+    assert 0 < optimizer.last_jump.kl <= 0.02
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_activations(reentrant: bool) -> None:
+    model = llama()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN)))
+
+
+def test_a_loop_that_trains_in_eval_mode() -> None:
+    model = llama().eval()
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN)))
+    assert not model.training
+
+
+def test_generation_and_evaluation_between_training_passes() -> None:
+    """Without gradients, in train mode and in eval mode, before the first training pass and after the last one."""
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+
+    def elsewhere() -> None:
+        with torch.no_grad():
+            model.generate(batch(7)["input_ids"], max_new_tokens=2, do_sample=True)
+            model.eval()(**batch(8))
+            model.train()(input_ids=batch(9)["input_ids"][:, :2])
+
+    for step in range(3 * EVERY):
+        elsewhere()
+        optimizer.zero_grad()
+        model(**batch(step)).loss.backward()
+        elsewhere()
+        if step % EVERY == 2:
+            assert_same(optimizer._trust.watch._captured[1], batch(step))
+        before = observed(model)
+        optimizer.step()
+        assert_same(observed(model), before)
+    assert 0 < optimizer.last_jump.kl <= 0.02
+
+
+def test_a_closure_that_runs_the_model_within_the_step() -> None:
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    for step in range(3 * EVERY):
+
+        def closure(step: int = step) -> Tensor:
+            optimizer.zero_grad()
+            loss = model(**batch(step)).loss
+            loss.backward()
+            return loss  # type: ignore[no-any-return]
+
+        optimizer.step(closure)
+    assert 0 < optimizer.last_jump.kl <= 0.02
+
+
+def test_arguments_that_only_a_loss_needs() -> None:
+    """As trainers pass them, and TRL's `fused_lm_head`, with which its models return no logits."""
+    model = llama()
+    forward, seen = model.forward, []
+
+    def patched(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        seen.append({"fused_lm_head": fused_lm_head, **kwargs})
+        output = forward(*args, **kwargs)
+        if fused_lm_head:
+            output.logits = None
+        return output
+
+    patched.__wrapped__ = forward  # type: ignore[attr-defined]
+    model.forward = patched
+    extra = {"num_items_in_batch": torch.tensor(12), "fused_lm_head": True, "use_cache": False}
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN), lambda step: {**batch(step), **extra}))
+    again = [kwargs for kwargs in seen if not kwargs["fused_lm_head"]]
+    assert len(again) >= 6 and not any({"labels", "num_items_in_batch"} & set(kwargs) for kwargs in again)
+    assert not any(kwargs["use_cache"] for kwargs in again)
+
+
+def test_hooks_of_the_user_fire_and_forwards_are_counted() -> None:
+    model = llama()
+    passes = Passes(model)
+    after: list[bool] = []
+    model.register_forward_hook(lambda module, *_: after.append(module.training))
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN)))
+    assert passes.count == len(after) and after.count(True) == 3 * EVERY and after.count(False) >= 6
+
+
+# --- compiled models -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_recompiles() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+class Net(nn.Module):
+    """A language model of few parts, whose graph has no breaks."""
+
+    def __init__(self, inner: Callable[[nn.Module], nn.Module] = lambda module: module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(16, 12)
+        self.body = inner(nn.Sequential(nn.Linear(12, 24), nn.Dropout(0.3), nn.Tanh(), nn.Linear(24, 12)))
+        self.head = nn.Linear(12, 16)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.body(self.embed(input_ids)))
+        made = {"logits": logits}
+        if labels is not None:
+            made["loss"] = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return made
+
+
+def compiled(module: nn.Module) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+def compiled_in_place(module: nn.Module) -> nn.Module:
+    module.compile(backend="eager")
+    return module
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_model(no_recompiles: None, fullgraph: bool) -> None:
+    model = torch.compile(Net(), backend="eager", fullgraph=fullgraph)
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN)))
+
+
+def test_a_model_that_is_given_before_it_is_compiled(no_recompiles: None) -> None:
+    model = Net()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    optimizer.watch(model)
+    watched(train(compiled(model), optimizer))
+
+
+@pytest.mark.parametrize("explicitly", [False, True], ids=["found", "given"])
+def test_a_model_that_is_compiled_in_place(no_recompiles: None, explicitly: bool) -> None:
+    model = compiled_in_place(Net())
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    if explicitly:
+        optimizer.watch(model)
+    watched(train(model, optimizer))
+
+
+@pytest.mark.parametrize("how", [compiled, compiled_in_place])
+def test_a_part_that_is_compiled(no_recompiles: None, how: Callable[[nn.Module], nn.Module]) -> None:
+    model = Net(how)
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN)))
+
+
+def test_a_step_that_is_compiled(no_recompiles: None) -> None:
+    torch._dynamo.config.error_on_recompile = False  # AdamW's own step, by the learning rate
+    model = Net()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    step = torch.compile(optimizer.step, backend="eager")
+    for i in range(3 * EVERY):
+        optimizer.zero_grad()
+        model(**batch(i))["loss"].backward()
+        step()
+    assert 0 < optimizer.last_jump.kl <= 0.02
+
+
+# --- kinds of models -------------------------------------------------------------------------------------------------
+
+
+def adapter(**options: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=2, **options))
+
+
+@pytest.mark.parametrize("watch", ["found", "the adapter's model", "the model within"])
+def test_an_adapter(watch: str) -> None:
+    model = adapter(target_modules=["q_proj", "v_proj"])
+    optimizer = ExtraAdam([p for p in model.parameters() if p.requires_grad], **{**OPEN, "lr": 1e-2})
+    if watch != "found":
+        optimizer.watch(model if watch == "the adapter's model" else model.base_model.model)
+    base = {n: p.clone() for n, p in model.state_dict().items() if "lora" not in n}
+    reports = train(model, optimizer)
+    assert [r.kl > 0 for r in reports[1:]] == [True] * 2
+    assert_same({n: p for n, p in model.state_dict().items() if "lora" not in n}, base)
+
+
+def test_virtual_tokens_of_prompt_tuning() -> None:
+    """They come before the tokens, and the logits are so much longer."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    optimizer = ExtraAdam([p for p in model.parameters() if p.requires_grad], **{**OPEN, "lr": 0.1})
+    watched(train(model, optimizer)[1:], 2)
+
+
+def packed(step: int) -> dict[str, Any]:
+    """Rows one after the other, told apart by their positions alone, which a model heeds where it keeps no cache."""
+    ids = batch(step)["input_ids"].reshape(1, -1)
+    positions = torch.arange(8).repeat(1, 2)
+    labels = ids.masked_fill(positions == 0, -100)
+    return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": None, "use_cache": False}
+
+
+def left_padded(step: int) -> dict[str, Any]:
+    ids, mask = batch(step)["input_ids"], torch.ones(2, 8, dtype=torch.long)
+    mask[0, :5] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("inputs", [packed, left_padded])
+def test_rows_that_are_packed_or_padded(inputs: Callable[[int], dict[str, Any]]) -> None:
+    """Without labels: positions that the mask shows, whose next token it shows too."""
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+
+    def loss(output: Any) -> Tensor:
+        return output.logits.logsumexp(-1).mean() + output.logits[..., 3].mean()
+
+    watched(train(model, optimizer, inputs, loss=loss))
+    optimizer._trust.watch.armed = True
+    model(**inputs(0))
+    positions = optimizer._trust.watch.positions()
+    with optimizer._trust.watch.undisturbed():
+        rows = optimizer._trust.watch.run(positions)
+    with torch.no_grad():
+        logits = model.eval()(**inputs(0)).logits
+    if inputs is packed:
+        wanted = logits[0, :-1][packed(0)["labels"][0, 1:] != -100]
+    else:  # the first token that is shown is a prediction, too
+        wanted = torch.cat([logits[0, 4:7], logits[1, :7]])
+    torch.testing.assert_close(rows, wanted)
+
+
+def images(step: int) -> dict[str, Any]:
+    torch.manual_seed(step)
+    return {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 2])}
+
+
+def seq2seq(step: int) -> dict[str, Any]:
+    return batch(step) | {"attention_mask": torch.ones(2, 8, dtype=torch.long)}
+
+
+def masked(step: int) -> dict[str, Any]:
+    return batch(step) | {"attention_mask": torch.ones(2, 8, dtype=torch.long)}
+
+
+def classes(step: int) -> dict[str, Any]:
+    return {"input_ids": batch(step)["input_ids"], "labels": torch.tensor([0, 2])}
+
+
+SMALL: dict[str, Any] = {"vocab_size": 16, "pad_token_id": 0}
+ENCODER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+T5 = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
+KINDS: dict[str, tuple[str, str, dict[str, Any], Callable[[int], dict[str, Any]]]] = {
+    "classifier": ("LlamaForSequenceClassification", "LlamaConfig", {**SMALL, **ENCODER, "num_labels": 3}, classes),
+    "encoder-decoder": ("T5ForConditionalGeneration", "T5Config", {**SMALL, **T5}, seq2seq),
+    "masked": ("BertForMaskedLM", "BertConfig", {**SMALL, **ENCODER}, masked),
+    "classifier of tokens": (
+        "BertForTokenClassification", "BertConfig", {**SMALL, **ENCODER, "num_labels": 16}, masked,
+    ),
+    "images": (
+        "ViTForImageClassification", "ViTConfig", {**ENCODER, "image_size": 16, "patch_size": 8, "num_labels": 3},
+        images,
+    ),
+    "batch norm": ("ResNetForImageClassification", "ResNetConfig", RESNET, images),
+}  # fmt: skip
+
+
+def built(kind: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
+    transformers = pytest.importorskip("transformers")
+    name, config, options, inputs = KINDS[kind]
+    torch.manual_seed(0)
+    return getattr(transformers, name)(getattr(transformers, config)(**options)), inputs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_other_kinds(kind: str) -> None:
+    model, inputs = built(kind)
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN), inputs))
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "masked", "classifier of tokens"])
+def test_labels_that_lie_beside_their_logits_are_shifted(kind: str) -> None:
+    model, inputs = built(kind)
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    model(**inputs(0))
+    watch = optimizer._trust.watch
+    with watch.undisturbed():
+        rows = watch.run(watch.positions())
+    with torch.no_grad():
+        wanted = model.eval()(**inputs(0)).logits[inputs(0)["labels"] != -100]
+    torch.testing.assert_close(rows, wanted)
+
+
+def test_a_batch_norm_that_is_frozen_is_thawed() -> None:
+    """By `train()` of the whole model: its running mean would move from then on."""
+    model, inputs = built("batch norm")
+    frozen = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][:2]
+    for module in frozen:
+        module.eval()
+    before = [module.running_mean.clone() for module in frozen]
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN), inputs))
+    assert not any(module.training for module in frozen)
+    assert_same([module.running_mean for module in frozen], before)
+
+
+class Counts(nn.Module):
+    """Logits, and buffers that each pass writes, replaces or makes anew, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(16, 12), nn.Linear(12, 16)
+        self.register_buffer("written", torch.zeros(3))
+        self.register_buffer("replaced", torch.zeros(3), persistent=False)
+        self.register_buffer("noisy", torch.zeros(()))
+
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        self.written += 1
+        self.replaced = self.replaced + 1
+        self.noisy.copy_(torch.rand(()))
+        return SimpleNamespace(logits=self.head(self.embed(input_ids) + 0.1 * torch.randn(12)))
+
+
+def test_a_model_that_counts_its_passes_and_draws_noise() -> None:
+    """Experts are balanced by such counters. The same noise is drawn at each length: else it would be taken for KL."""
+    model = Counts()
+    optimizer = ExtraAdam(model.parameters(), **{**OPEN, "lr": 1e-4})
+
+    def loss(output: Any) -> Tensor:
+        return -output.logits.log_softmax(-1)[..., 3].mean()
+
+    watched(train(model, optimizer, loss=loss))
+    assert model.written.tolist() == [3 * EVERY] * 3 == model.replaced.tolist()
+    assert optimizer.last_jump.kl < 1e-4
+
+
+@pytest.mark.parametrize("output", ["tuple", "tensor", "dict"])
+def test_outputs_of_the_users_own(output: str) -> None:
+    class Own(Counts):
+        def forward(self, input_ids: Tensor, **named: Any) -> Any:
+            logits = super().forward(input_ids).logits
+            return {"tuple": (None, logits), "tensor": logits, "dict": {"scores": logits}}[output]
+
+    make: Callable[[Any], Tensor] = {
+        "tuple": lambda o: o[1], "tensor": lambda o: o, "dict": lambda o: o["scores"],
+    }[output]  # fmt: skip
+    model = Own()
+    optimizer = ExtraAdam(model.parameters(), **{**OPEN, "lr": 1e-4})
+    optimizer.watch(model, logits=make)
+    watched(train(model, optimizer, loss=lambda o: -make(o).log_softmax(-1)[..., 3].mean()))
+
+
+# --- what can't be watched -------------------------------------------------------------------------------------------
+
+
+class Bare(nn.Sequential):
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        return super().forward(input_ids)
+
+
+def bare() -> nn.Module:
+    torch.manual_seed(0)
+    return Bare(nn.Embedding(16, 12), nn.Linear(12, 16))
+
+
+class Segments(Bare):
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=super().forward(input_ids)[:, :, None])
+
+
+class Hidden(nn.Module):
+    """Hidden states by the name of logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace()
+        self.embed, self.head = nn.Embedding(16, 12), nn.Linear(12, 16)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.embed(input_ids))
+
+
+def regression() -> Any:
+    transformers = pytest.importorskip("transformers")
+    options = {**SMALL, **ENCODER, "num_labels": 1}
+    torch.manual_seed(0)
+    return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**options))
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "bare tensors": (bare, r"no `.logits`: give watch\(model, logits"),
+    "regression": (regression, r"have 1 columns, which are no distribution.*watch\(model, logits"),
+    "segments": (lambda: Segments(*bare()), r"have 4 dimensions.*watch\(model, logits"),
+    "hidden states": (Hidden, r"have 12 columns, which are no distribution .*\(16\).*watch\(model, logits"),
+    "DataParallel": (lambda: nn.DataParallel(llama()), r"throw-away copies of it: use DistributedDataParallel"),
+}
+
+
+def some_loss(output: Any) -> Tensor:
+    return getattr(output, "logits", output).float().square().mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("explicitly", [False, True], ids=["found", "given"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_cannot_be_watched_trains_without_a_word(kind: str, explicitly: bool) -> None:
+    """One warning, with the reason and what to do; jumps are short, but for the one that found it out."""
+    make, reason = REFUSED[kind]
+    model = make()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    if explicitly:
+        optimizer.watch(model)
+
+    def inputs(step: int) -> dict[str, Any]:
+        return {"input_ids": batch(step)["input_ids"]}
+
+    with pytest.warns(RuntimeWarning, match=reason) as seen:
+        reports = train(model, optimizer, inputs, loss=some_loss)
+    assert len([w for w in seen if "extraopt" in str(w.message)]) == 1
+    passes = Passes(model)
+    reports += train(model, optimizer, inputs, loss=some_loss)
+    assert passes.count == 3 * EVERY, "it is run no more"
+    assert [report.length for report in reports[1:]] == [20] * 5 and reports[0].length in (0, 20)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_warning_that_nobody_can_turn_off(kind: str) -> None:
+    model = REFUSED[kind][0]()
+    optimizer = ExtraAdam(model.parameters(), **OPEN, extra_watch=False)
+    reports = train(model, optimizer, lambda step: {"input_ids": batch(step)["input_ids"]}, loss=some_loss)
+    assert [report.length for report in reports] == [20] * 3
+
+
+def test_weights_that_no_model_computes_with() -> None:
+    """Master copies, as DeepSpeed, Megatron and apex step them."""
+    model = llama()
+    masters = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+    optimizer = ExtraAdam(masters, **OPEN)
+    with pytest.warns(
+        RuntimeWarning, match=r"no module with most of these parameters.*DeepSpeed.*watch\(model\)"
+    ) as seen:
+        for step in range(3 * EVERY):
+            model.zero_grad()
+            model(**batch(step)).loss.backward()
+            for p, master in zip(model.parameters(), masters):
+                master.grad = p.grad
+            optimizer.step()
+            with torch.no_grad():
+                for p, master in zip(model.parameters(), masters):
+                    p.copy_(master)
+    assert len(seen) == 1 and optimizer.last_jump.length == 20
+
+
+def test_a_model_that_is_given_but_never_called() -> None:
+    """Where the inputs are missing no longer jump is tried than the last one, and a warning says so once."""
+    model, other = llama(), llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    optimizer.watch(other)
+    with pytest.warns(RuntimeWarning, match="without a forward pass of LlamaForCausalLM in its last step") as seen:
+        reports = train(model, optimizer)
+    assert len(seen) == 1 and [r.length for r in reports] == [EVERY / 2] * 3 and all(math.isnan(r.kl) for r in reports)
+
+
+def test_arguments_that_are_modules_or_no_tensors_at_all() -> None:
+    """As wrappers redirect calls through themselves: such inputs can't be given to the model again."""
+
+    class Redirected(Counts):
+        def forward(self, what: Any, input_ids: Tensor) -> Any:
+            return super().forward(input_ids)
+
+    model = Redirected()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    with pytest.warns(RuntimeWarning, match="without a forward pass of Redirected"):
+        for step in range(EVERY):
+            optimizer.zero_grad()
+            some_loss(model(model.head, batch(step)["input_ids"])).backward()
+            optimizer.step()
+
+
+def test_unwatch_leaves_a_hook_or_warns() -> None:
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    train(model, optimizer)
+    assert len(model._forward_pre_hooks) == 1
+    optimizer.unwatch()
+    assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
+    passes = Passes(model)
+    reports = train(model, optimizer)
+    assert passes.count == 3 * EVERY and [r.length for r in reports] == [20] * 3
+    optimizer.watch()
+    watched(train(model, optimizer, first=99)[1:], 2)
+
+
+# --- trials that fail ------------------------------------------------------------------------------------------------
+
+
+class Failing(nn.Module):
+    """Does something else in eval mode, from a given pass on."""
+
+    def __init__(self, what: Any, since: int) -> None:
+        super().__init__()
+        self.inner, self.what, self.left = llama(), what, since
+
+    def forward(self, **named: Any) -> Any:
+        output = self.inner(**named)
+        if not self.training and not torch.is_grad_enabled():
+            self.left -= 1
+            if self.left < 0 and isinstance(self.what, Exception):
+                raise self.what
+            if self.left < 0:
+                output.logits = output.logits * self.what
+        return output
+
+
+@pytest.mark.parametrize("since", [0, 1], ids=["before the jump", "at the trial"])
+@pytest.mark.parametrize(
+    "what", [RuntimeError("no"), torch.OutOfMemoryError("no"), KeyError("no"), math.nan, math.inf], ids=repr
+)
+def test_a_trial_that_fails_moves_the_weights_or_ends_the_run(what: Any, since: int) -> None:
+    """No jump is made, one warning tells, and once the model works again it is watched as before."""
+    model = Failing(what, since)
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    twin = llama()
+    adamw = torch.optim.AdamW(twin.parameters(), lr=1e-3)
+    with pytest.warns(RuntimeWarning, match="extraopt: a jump was left out, since") as seen:
+        reports = train(model, optimizer)
+    for step in range(3 * EVERY):
+        adamw.zero_grad()
+        twin(**batch(step)).loss.backward()
+        adamw.step()
+    assert len(seen) == 1 and [r.length for r in reports] == [0, 0, 0]
+    assert_same(list(model.parameters()), list(twin.parameters()))
+    model.left = 1 << 30
+    watched(train(model, optimizer))
+
+
+def test_an_interrupt_within_a_trial_leaves_the_weights_of_a_jump() -> None:
+    model = Failing(math.nan, 1 << 30)
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    train(model, optimizer, steps=EVERY - 1)
+    optimizer.zero_grad()
+    model(**batch(2)).loss.backward()
+    twin = copy.deepcopy(model)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=1e-3)
+    adamw.load_state_dict({**adamw.state_dict(), "state": copy.deepcopy(optimizer.state_dict()["state"])})
+    for p, q in zip(model.parameters(), twin.parameters()):
+        q.grad = p.grad.clone()
+    adamw.step()
+
+    def interrupt(module: nn.Module, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.register_forward_hook(interrupt)
+    before = observed(model)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    handle.remove()
+    assert_same(observed(model), before)
+    assert_same(list(model.parameters()), list(twin.parameters()))
+
+
+# --- copies and lifetimes --------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_the_model_feeds_the_optimizer_of_the_first() -> None:
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    train(model, optimizer, steps=EVERY - 1)
+    copies = [copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model).module]
+    for one in copies:
+        one(**batch(50)).loss.backward()
+        (hook,) = one._forward_pre_hooks.values()
+        assert not hasattr(hook, "act")
+    assert not optimizer._trust.watch.captured
+    watched(train(model, optimizer, first=EVERY - 1))
+    file = io.BytesIO()
+    torch.save(copies[0], file)
+    assert b"extraopt" not in file.getvalue()
+    ours = ExtraAdam(copies[0].parameters(), **OPEN)
+    watched(train(copies[0], ours))
+
+
+def test_a_copy_of_the_optimizer_watches_the_model_of_the_first() -> None:
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    train(model, optimizer, steps=EVERY + 1)
+    both = copy.deepcopy({"model": model, "optimizer": optimizer})
+    reports = [train(m, o, first=EVERY + 1, steps=5) for m, o in ((model, optimizer), both.values())]
+    assert repr(reports[0]) == repr(reports[1])
+    watched(reports[0], 2)
+    assert_same(list(model.parameters()), list(both["model"].parameters()))
+
+
+def test_a_saved_model_needs_this_package(tmp_path: Path) -> None:
+    """As a whole, which some do: in a process that cannot import it."""
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    train(model, optimizer)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(batch(0), tmp_path / "batch.pt")
+    with torch.no_grad():
+        torch.save(model(**batch(0)).logits, tmp_path / "logits.pt")
+    code = """
+import sys
+sys.modules["extraopt"] = None
+import torch
+model, batch, logits = (torch.load(n + ".pt", weights_only=False) for n in ("model", "batch", "logits"))
+assert torch.equal(model(**batch).logits, logits)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert b"extraopt" not in (tmp_path / "model.pt").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["plain", "never called", "compiled in place", "compiled"])
+def test_a_model_and_its_optimizer_are_kept_alive(kind: str) -> None:
+    torch._dynamo.reset()
+    model: Any = Net() if "compiled" in kind else llama()
+    called = compiled(model) if kind == "compiled" else model
+    if kind == "compiled in place":
+        model.compile(backend="eager")
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    if kind != "never called":
+        train(called, optimizer)
+    gone = [weakref.ref(x) for x in (model, optimizer, optimizer._trust.watch, next(model.parameters()))]
+    del model, called, optimizer
+    torch._dynamo.reset()
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 4
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_an_optimizer_that_is_gone_leaves_hooks_or_its_model_fails() -> None:
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    train(model, optimizer)
+    del optimizer
+    gc.collect()
+    assert not model._forward_pre_hooks
+    second = ExtraAdam(model.parameters(), **OPEN)
+    watched(train(model, second))
+
+
+def test_inputs_outlive_the_step_that_looks_at_them() -> None:
+    """A batch of images may be large. They are kept in the last step of a cycle alone, and no longer than it."""
+
+    class Holder: ...
+
+    holders: list[weakref.ref[Holder]] = []
+
+    def inputs(step: int) -> dict[str, Any]:
+        holder = Holder()
+        holders.append(weakref.ref(holder))
+        return {"input_ids": batch(step)["input_ids"], "holder": holder}
+
+    model = Counts()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    for step in range(2 * EVERY):
+        optimizer.zero_grad()
+        some_loss(model(**inputs(step))).backward()
+        kept = holders[-1]() is not None
+        assert kept == (step in (0, EVERY - 1, 2 * EVERY - 1)), "the first one may be of a run that was resumed"
+        optimizer.step()
+        assert not any(ref() for ref in holders)
+
+
+# --- many families ---------------------------------------------------------------------------------------------------
+
+DECODER = {
+    **SMALL,
+    **ENCODER,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT = {**SMALL, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = {**DECODER, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+PICTURES = {**ENCODER, "image_size": 16, "patch_size": 8, "num_labels": 3}
+FAMILIES: dict[str, dict[str, Any]] = {
+    **{name: DECODER for name in (
+        "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi", "Phi3", "StableLm", "Olmo", "Olmo2", "Cohere",
+        "Granite", "Starcoder2", "SmolLM3", "Glm", "Helium", "Nemotron", "GPTNeoX", "Persimmon",
+    )},
+    **{name: EXPERTS for name in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "PhiMoE", "GraniteMoe")},
+    **{name: GPT for name in ("GPT2", "GPTJ", "CodeGen", "GPTBigCode")},
+    "Opt": {**DECODER, "ffn_dim": 24, "word_embed_proj_dim": 16},
+    "Bloom": {**SMALL, "hidden_size": 16, "n_layer": 1, "n_head": 2},
+    "Falcon": {**SMALL, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "Mamba": {**SMALL, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+    **{name: PICTURES for name in ("ViT", "DeiT", "Dinov2", "BeiT")},
+    "ConvNext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "num_labels": 3, "patch_size": 2},
+    "RegNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 8, "num_labels": 3},
+}  # fmt: skip
+
+
+def family(name: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
+    transformers = pytest.importorskip("transformers")
+    kinds = {c.lower(): c for c in dir(transformers)}
+    for task, inputs in (("forcausallm", batch), ("lmheadmodel", batch), ("forimageclassification", images)):
+        if name.lower() + task in kinds and name.lower() + "config" in kinds:
+            config = getattr(transformers, kinds[name.lower() + "config"])(**FAMILIES[name])
+            torch.manual_seed(0)
+            return getattr(transformers, kinds[name.lower() + task])(config), inputs
+    pytest.skip(f"this transformers has no {name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_models(name: str) -> None:
+    model, inputs = family(name)
+    if name.startswith(("Qwen2Moe", "Qwen3Moe", "Mixtral", "Olmoe")):
+        base = inputs
+        inputs = lambda step: {**base(step), "output_router_logits": True}  # noqa: E731
+    optimizer = ExtraAdam(model.parameters(), **{**OPEN, "lr": 3e-4})
+    watched(train(model, optimizer, inputs))
