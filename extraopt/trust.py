@@ -146,12 +146,14 @@ class TrustRegion:
         if self.quietly:
             return unwatched
         try:
-            ranks = Ranks(self.watch, params, self.process_group)
-            missing, unusable, _ = ranks.sum(
-                not (most and self.watch.captured), self.watch.refused is not None or self.watch.model is None
-            )
+            blind = self.watch.refused or (self._not_found() if self.watch.model is None else None)
+            try:
+                ranks = Ranks(self.watch, params, self.process_group)
+            except Unusable as reason:
+                raise Unusable(blind or reason) from None
+            missing, unusable, _ = ranks.sum(not (most and self.watch.captured), blind is not None)
             if unusable:
-                raise Unusable(self.watch.refused or self._not_found())
+                raise Unusable(blind or "another rank that trains it has no model that can be watched")
             if missing:
                 if most:
                     self._warn(
@@ -204,7 +206,7 @@ class TrustRegion:
             nonlocal finite
             kl, fall, count = ranks.sum(*attempt(length).tolist())
             finite &= math.isfinite(kl + fall)
-            return (kl / count, fall / count) if count else (0.0, 0.0)
+            return (max(kl / count, 0.0), fall / count) if count else (0.0, 0.0)  # rounding may make a KL of 0 negative
 
         try:
             with watch.undisturbed():

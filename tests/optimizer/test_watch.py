@@ -842,11 +842,14 @@ EXPERTS = {**DECODER, "num_experts": 4, "num_local_experts": 4, "num_experts_per
 PICTURES = {**ENCODER, "image_size": 16, "patch_size": 8, "num_labels": 3}
 FAMILIES: dict[str, dict[str, Any]] = {
     **{name: DECODER for name in (
-        "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi", "Phi3", "StableLm", "Olmo", "Olmo2", "Cohere",
-        "Granite", "Starcoder2", "SmolLM3", "Glm", "Helium", "Nemotron", "GPTNeoX", "Persimmon",
+        "Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi", "Phi3", "StableLm", "Olmo", "Olmo2",
+        "Granite", "Starcoder2", "SmolLM3", "Glm", "Nemotron", "GPTNeoX", "Persimmon",
     )},
     **{name: EXPERTS for name in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "PhiMoE", "GraniteMoe")},
-    **{name: GPT for name in ("GPT2", "GPTJ", "CodeGen", "GPTBigCode")},
+    **{name: GPT for name in ("GPT2", "GPTBigCode")},
+    **{name: {**GPT, "rotary_dim": 8} for name in ("GPTJ", "CodeGen")},
+    "Cohere": {**DECODER, "logit_scale": 1.0},
+    "Helium": {**DECODER, "head_dim": 8},
     "Opt": {**DECODER, "ffn_dim": 24, "word_embed_proj_dim": 16},
     "Bloom": {**SMALL, "hidden_size": 16, "n_layer": 1, "n_head": 2},
     "Falcon": {**SMALL, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
