@@ -83,9 +83,8 @@ class ExtraAdam(AdamW, CycleMixin):
     ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None, extra_kl=None`` is the rule of RL-Extra in
     `Linear Dynamics in the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and
     an outer SGD step (DiLoCo, SNOO) with learning rate :math:`1 + N/k` and no momentum. With an estimate and an open
-    gate
-    the rule is an outer momentum step of the same family; with a shut gate it lies between AdamW and Lookahead with
-    :math:`\alpha = 1/2`.
+    gate the rule is an outer momentum step of the same family; with a shut gate it lies between AdamW and Lookahead
+    with :math:`\alpha = 1/2`.
 
     Args:
         params (iterable): parameters, named parameters or dicts of parameter groups, as for

@@ -58,8 +58,8 @@ class Extra(Optimizer, CycleMixin):
         ``state[p]`` holds the base optimizer's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights
         before the cycle), ``extra_estimate`` (:math:`V`; absent for the paper's rule), both of the shape, dtype, device
         (but for ``extra_offload``) and layout of ``p``, ``extra_step`` (int, applied steps: calls of ``step`` in which
-        ``p`` had a gradient) and ``extra_origin`` (int, the applied step from which cycles are
-        counted).
+        ``p`` had a gradient), ``extra_origin`` (int, the applied step from which cycles are counted),
+        ``extra_noise_cov`` and ``extra_noise_var`` (float); its groups hold ``extra_length``.
 
     Loading:
         ``load_state_dict`` takes the state of an Extra around the same kind of optimizer, or of that optimizer alone.
@@ -69,9 +69,8 @@ class Extra(Optimizer, CycleMixin):
     Raises:
         TypeError: ``base_optimizer`` is not a torch optimizer.
         ValueError: a hyperparameter outside its range; a base that jumps already; a base that has to call a closure
-            within its step (:class:`torch.optim.LBFGS`); a loaded anchor or drift whose shape is not the parameter's
-            (the
-            optimizer is left as it was).
+            within its step (:class:`torch.optim.LBFGS`); a loaded anchor or estimate whose shape is not the
+            parameter's (the optimizer is left as it was).
         RuntimeError: a step captured in a CUDA graph; :meth:`jump` or :meth:`reset_anchor` while a schedule-free base
             is in eval mode.
 

@@ -165,7 +165,7 @@ def test_the_package_named_kernels_is_shadowed_or_overwritten(
         environment.pip("uninstall", "--quiet", "--yes", "kernels")
         assert (
             environment.python("-c", "from extraopt.kernels import TensorLists; print(TensorLists.__module__)")
-            == "extraopt.kernels"
+            == "extraopt.kernels.lists"
         )
         assert not theirs.exists()
 
