@@ -25,7 +25,8 @@ class Curve(lightning.LightningModule):
         self.model = nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
 
     def configure_optimizers(self) -> ExtraAdam:
-        return ExtraAdam(self.parameters(), lr=1e-3, extra_every=5, extra_steps=25, extra_kl=None)  # no logits to watch
+        # a regression has no logits that a trust region could look at
+        return ExtraAdam(self.parameters(), lr=1e-3, extra_every=5, extra_steps=25, extra_kl=None)
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
         x, y = batch

@@ -59,7 +59,8 @@ def test_compiles_what_adamw_compiles_and_once_more_after_the_first_cycle(flags:
         graphs = [n - more for n, more in zip(graphs, again)]
         assert graphs[0] == 1 and graphs[2:] == graphs[1:-1], f"recompiled: {graphs}"
         counts.append((graphs, counter.op_count / (graphs[-1] + again[-1])))
-    assert counts[0] == counts[1]
+    assert counts[0][0] == counts[1][0]
+    assert abs(counts[0][1] - counts[1][1]) < 1, "more operations in a graph than AdamW has"
 
 
 @pytest.mark.parametrize(
