@@ -146,7 +146,7 @@ class TrustRegion:
         if self.quietly:
             return unwatched
         try:
-            blind = self.watch.refused or (self._not_found() if self.watch.model is None else None)
+            blind = self.watch.refused or (None if self.watch.holds(params) else self._not_found())
             try:
                 ranks = Ranks(self.watch, params, self.process_group)
             except Unusable as reason:
@@ -220,18 +220,23 @@ class TrustRegion:
             self._warn(
                 "failed", "a jump was left out, since outputs of the model, here or on another rank, are not finite"
             )
+        reasons = [str(error) for error in failures if isinstance(error, Unusable)]
+        if not length.steps and ranks.sum(bool(reasons))[0]:
+            watch.refused = reasons[0] if reasons else "of another rank's model no logits could be had"
+            raise Unusable(watch.refused)
         for error in failures:
-            if isinstance(error, Unusable):
-                watch.refused = str(error)
-                self._warn(str(error), f"jumps are limited without a trust region from now on: {error}")
-            else:
-                self._warn("failed", f"a jump was left out, since the model failed on its last inputs: {error!r}")
+            self._warn("failed", f"a jump was left out, since the model failed on its last inputs: {error!r}")
         return length
 
     def _not_found(self) -> str:
+        model = self.watch.model
         return (
-            "no module with most of these parameters was called for training. DeepSpeed, Megatron and apex step copies "
-            "of the weights, which no model computes with; of other models tell the optimizer, by watch(model)"
+            "no module with most of these parameters was called for training"
+            if model is None
+            else f"{type(model).__name__} has none of these parameters"
+        ) + (
+            ". DeepSpeed, Megatron and apex step copies of the weights, which no model computes with; of other models "
+            "tell the optimizer, by watch(model)"
         )
 
     def _warn(self, of: str, text: str) -> None:

@@ -143,9 +143,9 @@ class Watch:
         self.release()  # inputs of the step before say nothing of the next one
 
     @property
-    def watching(self) -> bool:
-        """Whether there is a hook, on a model or in search of one."""
-        return bool(self._removers)
+    def searching(self) -> bool:
+        """Whether a model is still to be found."""
+        return self.model is None and bool(self._removers)
 
     @property
     def captured(self) -> bool:
@@ -177,6 +177,14 @@ class Watch:
         first = register_module_forward_pre_hook(_Hook(self._remember_first))
         self._first = first.id
         self._hold(first.remove)
+
+    def holds(self, params: Iterable[Tensor]) -> bool:
+        """Whether there is a model, and it computes with any of these parameters."""
+        if self.model is None:
+            return False
+        _reshard(self.model)
+        own = set(map(id, self.model.parameters()))
+        return any(id(p) in own for p in params)
 
     def _has_most(self, module: nn.Module) -> bool:
         own = self._own()

@@ -67,7 +67,7 @@ class Seen:
 
 def run(
     model: Any, optimizer: ExtraAdam, inner: nn.Module, inputs: Callable[[int], dict[str, Tensor]],
-    steps: int = 3 * EVERY,
+    steps: int = 3 * EVERY, between: Callable[[int], None] = lambda step: None,
 ) -> Seen:  # fmt: skip
     seen = Seen(inner)
     with warnings.catch_warnings(record=True) as caught:
@@ -77,6 +77,7 @@ def run(
             output = model(**inputs(step))
             loss = output.loss if bool((inputs(step)["labels"][:, 1:] != -100).any()) else output.logits.sum() * 0
             loss.backward()
+            between(step)
             last, seen.count = optimizer.last_jump, 0
             rng = torch.get_rng_state()
             optimizer.step()
@@ -185,10 +186,18 @@ def rank_fsdp(rank: int, mixed: bool, looked: bool) -> tuple[Any, ...]:
         fully_shard(layer, **options)
     fully_shard(model, **options)
     optimizer = ExtraAdam(model.parameters(), **OPEN)
-    if looked:  # the root stays gathered, and holds other parameters than the optimizer's
-        with torch.no_grad():
-            model(**batch(99))
-    sharded = run(model, optimizer, model, batch, 5 * EVERY)
+
+    def look(step: int) -> None:
+        """After which the root stays gathered, and holds other parameters than the optimizer's.
+
+        Between a backward pass and a step that ends no cycle that would be torch's next training pass of old weights.
+        """
+        if looked and step % EVERY == EVERY - 1:
+            with torch.no_grad():
+                model(**batch(99))
+
+    look(-1)
+    sharded = run(model, optimizer, model, batch, 5 * EVERY, look)
     single = llama()
     own = ExtraAdam(single.parameters(), **OPEN)
     own.watch(single, process_group=torch.distributed.group.WORLD)
@@ -201,7 +210,7 @@ def rank_fsdp(rank: int, mixed: bool, looked: bool) -> tuple[Any, ...]:
     return sharded.reports, weights(model), sharded.__dict__, alone.__dict__, far
 
 
-@pytest.mark.parametrize("looked", [False, True], ids=["trains", "evaluates first"])
+@pytest.mark.parametrize("looked", [False, True], ids=["trains", "evaluates, too"])
 def test_fsdp_ranks_compute_with_the_weights_of_a_trial(ranks: Ranks, looked: bool) -> None:
     """FSDP2's root keeps what it has gathered: a later trial, and the next training pass, would be of old weights."""
     first, second = ranks.run(rank_fsdp, False, looked)

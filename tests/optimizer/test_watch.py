@@ -614,12 +614,26 @@ def test_weights_that_no_model_computes_with() -> None:
     assert len(seen) == 1 and optimizer.last_jump.length == 20
 
 
-def test_a_model_that_is_given_but_never_called() -> None:
-    """Where the inputs are missing no longer jump is tried than the last one, and a warning says so once."""
+@pytest.mark.parametrize("called", [False, True])
+def test_a_model_that_is_given_but_has_none_of_the_weights(called: bool) -> None:
+    """Its outputs would never change, and each jump would be within the limits."""
     model, other = llama(), llama()
     optimizer = ExtraAdam(model.parameters(), **OPEN)
     optimizer.watch(other)
-    with pytest.warns(RuntimeWarning, match="without a forward pass of LlamaForCausalLM in its last step") as seen:
+    if called:
+        model.register_forward_hook(lambda *_: other(**batch(0)) and None)
+    with pytest.warns(RuntimeWarning, match="LlamaForCausalLM has none of these parameters. DeepSpeed") as seen:
+        reports = train(model, optimizer)
+    assert len(seen) == 1 and [r.length for r in reports] == [20] * 3 and all(math.isnan(r.kl) for r in reports)
+
+
+def test_a_model_that_is_given_but_never_called() -> None:
+    """Where the inputs are missing no longer jump is tried than the last one, and a warning says so once."""
+    model = llama()
+    around = nn.ModuleList([model])
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    optimizer.watch(around)
+    with pytest.warns(RuntimeWarning, match="without a forward pass of ModuleList in its last step") as seen:
         reports = train(model, optimizer)
     assert len(seen) == 1 and [r.length for r in reports] == [EVERY / 2] * 3 and all(math.isnan(r.kl) for r in reports)
 
