@@ -216,16 +216,16 @@ class TrustRegion:
         except BaseException:
             move(0.0)
             raise
-        if not finite and not failures:
-            self._warn(
-                "failed", "a jump was left out, since outputs of the model, here or on another rank, are not finite"
-            )
         reasons = [str(error) for error in failures if isinstance(error, Unusable)]
         if not length.steps and ranks.sum(bool(reasons))[0]:
             watch.refused = reasons[0] if reasons else "of another rank's model no logits could be had"
             raise Unusable(watch.refused)
         for error in failures:
             self._warn("failed", f"a jump was left out, since the model failed on its last inputs: {error!r}")
+        if not finite and not failures:
+            self._warn(
+                "failed", "a jump was left out, since outputs of the model, here or on another rank, are not finite"
+            )
         return length
 
     def _not_found(self) -> str:

@@ -70,8 +70,9 @@ class ExtraCallback(TrainerCallback):
             # Weights may have been written since the last step: the best ones, at the end of an earlier training.
             # DeepSpeed's empty step, before the first, would put every cycle off by one.
             optimizer.reset_anchor()
-        if optimizer._trust.watch.searching and args.world_size == 1 and args.n_gpu <= 1:
-            optimizer.watch(kwargs["model"])  # else it is the one around it that has to be found
+        model = kwargs.get("model")
+        if model is not None and optimizer._trust.watch.searching and args.world_size == 1 and args.n_gpu <= 1:
+            optimizer.watch(model)  # else it is the one around it that has to be found
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -107,22 +107,25 @@ def of_rank(rank: int, kind: str) -> Callable[[int], dict[str, Tensor]]:
 
 
 class Fails(nn.Module):
-    """On one rank, at its nth pass without gradients."""
+    """On one rank, at its nth pass without gradients, or by giving no logits there."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, silently: bool = False) -> None:
         super().__init__()
-        self.inner, self.left = llama(), at
+        self.inner, self.left, self.silently = llama(), at, silently
 
     def forward(self, **named: Any) -> Any:
         if not torch.is_grad_enabled():
             self.left -= 1
+            if self.left == 0 and self.silently:
+                return None
             if self.left == 0:
                 raise torch.OutOfMemoryError("no")
         return self.inner(**named)
 
 
 def rank_ddp(rank: int, kind: str) -> tuple[Any, ...]:
-    model = Fails({"fails": 1, "fails at a trial": 2}[kind] if rank else 0) if "fails" in kind else llama()
+    at = {"fails": 1, "fails at a trial": 2, "no logits": 1}.get(kind)
+    model = llama() if at is None else Fails(at if rank else 0, kind == "no logits")
     ddp = DistributedDataParallel(model)
     optimizer = ExtraAdam(ddp.parameters(), **OPEN)
     seen = run(ddp, optimizer, model, of_rank(rank, kind))
@@ -147,6 +150,14 @@ def test_a_trial_that_fails_on_one_ddp_rank_leaves_the_others_waiting(ranks: Ran
     assert first[2][0] == 0 and all(length > 0 for length in first[2][1:]) and all(kl > 0 for kl in first[3][1:])
     for _, _, _, _, _, caught in first, second:
         assert len(caught) == 1 and "a jump was left out, since" in caught[0]
+
+
+def test_ddp_ranks_jump_apart_where_one_gives_no_logits(ranks: Ranks) -> None:
+    """All are short from then on, and the warning of the one says why."""
+    first, second = ranks.run(rank_ddp, "no logits")
+    assert str(first[:4]) == str(second[:4]) and first[2] == [20, 20, 20]
+    assert len(first[5]) == len(second[5]) == 1 and "another rank" in first[5][0]
+    assert "give watch(model, logits=...)" in second[5][0]
 
 
 def rank_sum(rank: int) -> list[float]:
