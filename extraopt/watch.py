@@ -207,7 +207,7 @@ class Watch:
         self._captured = None
 
     def _look(self, module: nn.Module, *_: Any) -> None:
-        if torch.is_grad_enabled() and self._has_most(module):
+        if self._armed and torch.is_grad_enabled() and self._has_most(module):
             # The hook that is put on it now does not see this very call, whose keyword arguments the next of the global
             # hooks is given if the module says so.
             takes: Any = getattr(module, "_forward_pre_hooks_with_kwargs", {})
@@ -226,6 +226,8 @@ class Watch:
         leaves = list(_leaves((arguments, named)))
         if not any(isinstance(x, Tensor) for x in leaves) or any(isinstance(x, nn.Module) for x in leaves):
             return
+        if named.get("past_key_values") is not None:
+            return  # each pass would lengthen it
         labels = named.get("labels")
         if self._captured is not None and isinstance(labels, Tensor) and not bool((labels != -100).any()):
             return  # an earlier micro-batch says more
@@ -354,13 +356,15 @@ class Positions:
             self._choose(arguments, named)
 
     def _choose(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        ids: Any = next((named[k] for k in ("input_ids", "inputs_embeds") if isinstance(named.get(k), Tensor)), None)
+        side = "decoder_" if self._decodes else ""
+        names = f"{side}input_ids", f"{side}inputs_embeds"
+        ids: Any = next((named[name] for name in names if isinstance(named.get(name), Tensor)), None)
         if ids is None and arguments and isinstance(arguments[0], Tensor) and not arguments[0].is_floating_point():
-            ids = arguments[0]
-        labels, mask = named.get("labels"), named.get("attention_mask")
+            ids = None if self._decodes else arguments[0]
+        labels, mask = named.get("labels"), named.get(f"{side}attention_mask")
         if isinstance(labels, Tensor) and labels.dim() == 2:
             valid = labels != -100
-        elif isinstance(mask, Tensor) and mask.dim() == 2 and not self._decodes:
+        elif isinstance(mask, Tensor) and mask.dim() == 2:
             valid = mask != 0
         elif ids is not None and ids.dim() >= 2:
             valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)

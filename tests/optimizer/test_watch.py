@@ -350,6 +350,13 @@ def test_virtual_tokens_of_prompt_tuning() -> None:
     model = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     optimizer = ExtraAdam([p for p in model.parameters() if p.requires_grad], **{**OPEN, "lr": 0.1})
     watched(train(model, optimizer)[1:], 2)
+    optimizer._trust.watch.armed = True
+    model(**batch(0))
+    with optimizer._trust.watch.undisturbed():
+        rows = optimizer._trust.watch.run(optimizer._trust.watch.positions())
+    with torch.no_grad():
+        logits = model.eval()(**batch(0)).logits[:, 3:-1]
+    torch.testing.assert_close(rows, logits[batch(0)["labels"][:, 1:] != -100])
 
 
 def packed(step: int) -> dict[str, Any]:
@@ -450,6 +457,43 @@ def test_labels_that_lie_beside_their_logits_are_shifted(kind: str) -> None:
     with torch.no_grad():
         wanted = model.eval()(**inputs(0)).logits[inputs(0)["labels"] != -100]
     torch.testing.assert_close(rows, wanted)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_decoder_is_taken_for_as_long_as_its_encoder(mask: bool) -> None:
+    """Without labels: its own tokens count, where its own mask shows them."""
+    model, _ = built("encoder-decoder")
+
+    def inputs(step: int) -> dict[str, Any]:
+        made = {"input_ids": batch(step)["input_ids"], "decoder_input_ids": batch(step, width=5)["input_ids"]}
+        shown = torch.tensor([[1] * 3 + [0] * 2, [1] * 5])
+        return {**made, "attention_mask": torch.ones(2, 8), **({"decoder_attention_mask": shown} if mask else {})}
+
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    watched(train(model, optimizer, inputs, loss=lambda output: -output.logits.log_softmax(-1)[..., 3].mean()))
+    optimizer._trust.watch.armed = True
+    model(**inputs(0))
+    with optimizer._trust.watch.undisturbed():
+        rows = optimizer._trust.watch.run(optimizer._trust.watch.positions())
+    with torch.no_grad():
+        logits = model.eval()(**inputs(0)).logits
+    torch.testing.assert_close(rows, torch.cat([logits[0, :3], logits[1]]) if mask else logits.flatten(0, 1))
+
+
+def test_a_cache_is_lengthened_by_looking_at_it() -> None:
+    """That a user gives: such a pass is no one to look at."""
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    cache = pytest.importorskip("transformers").DynamicCache(config=model.config)
+    with pytest.warns(RuntimeWarning, match="without a forward pass"):
+        for step in range(EVERY):
+            optimizer.zero_grad()
+            model(**batch(step)).loss.backward()
+            if step == EVERY - 1:
+                optimizer._trust.watch.release()
+                model(**batch(step), past_key_values=cache)
+            optimizer.step()
+    assert cache.get_seq_length() == 8
 
 
 def test_a_batch_norm_that_is_frozen_is_thawed() -> None:
