@@ -199,7 +199,7 @@ def test_with_extra_watch_false_jumps_are_short_and_nothing_is_said(kind):
             assert lengths(optimizer, params, 2) == [20, 20]
         else:
             assert lengths(optimizer, params, 3) == [0, 20, 20]
-    assert not optimizer._trust.watch.watching
+    assert optimizer._trust.watch.model is None and not optimizer._trust.watch.searching
 
 
 @pytest.mark.parametrize("kl", [0.02, None])

@@ -397,6 +397,29 @@ def test_rows_that_are_packed_or_padded(inputs: Callable[[int], dict[str, Any]])
     torch.testing.assert_close(rows, wanted)
 
 
+@pytest.mark.parametrize("room", [1, 5, 100], ids="{} positions".format)
+@pytest.mark.parametrize("cuts", [True, False], ids=["cut by the model", "cut from its logits"])
+def test_many_positions_are_looked_at_with_too_few_bytes(
+    room: int, cuts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a fixed stride, so many of both rows as there is room for."""
+    model = llama()
+    if not cuts:
+        model.forward = lambda input_ids, labels=None: type(model).forward(model, input_ids, labels=labels)
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    inputs = {key: x.repeat(1, 3)[:, :21] for key, x in batch(0).items()}
+    model(**inputs)
+    watch = optimizer._trust.watch
+    monkeypatch.setattr(sys.modules[type(watch.positions()).__module__], "LOGITS_BYTES", room * 2 * 16 * 4)
+    with watch.undisturbed():
+        rows = watch.run(watch.positions())
+    stride = {1: 20, 5: 4, 100: 1}[room]
+    with torch.no_grad():
+        logits, valid = model.eval()(**inputs).logits[:, :-1:stride], (inputs["labels"] != -100)[:, 1::stride]
+    torch.testing.assert_close(rows, logits[valid])
+    assert 0 < len(rows) <= 2 * room
+
+
 def images(step: int) -> dict[str, Any]:
     torch.manual_seed(step)
     return {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 2])}
