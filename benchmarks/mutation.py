@@ -41,6 +41,7 @@ MODULES = [
     "extraopt/state.py",
     "extraopt/gate.py",
     "extraopt/trust.py",
+    "extraopt/positions.py",
     "extraopt/watch.py",
     "kernels/lists.py",
     "kernels/foreach.py",

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .watch import Unusable, Watch, sharded
+from .positions import Unusable
+from .watch import Watch, sharded
 
 TRIALS = 3
 MARGIN = 0.95  # of the length that the last trial's fit proposes
