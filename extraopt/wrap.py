@@ -256,7 +256,7 @@ class Extra(Optimizer, CycleMixin):
         unhooked_step(type(self.base_optimizer))(self.base_optimizer)
         self._join(fresh)
 
-        due = []
+        due, near = [], False
         for group, params in zip(self.param_groups, stepped):
             ends: list[Ending] = []
             for p in params:
@@ -264,12 +264,15 @@ class Extra(Optimizer, CycleMixin):
                 if "extra_anchor" not in state:
                     continue
                 state["extra_step"] += 1
-                if (state["extra_step"] - state["extra_origin"]) % group["extra_every"] == 0:
+                elapsed = state["extra_step"] - state["extra_origin"]
+                near |= (elapsed + 1) % group["extra_every"] == 0
+                if elapsed % group["extra_every"] == 0:
                     ends.append((p, state, state["extra_step"]))
             due.append((group, ends))
         batches = self._batches(due)
         if batches:
             self._end(batches)
+        self._trust.watch.armed = near
         return loss
 
     def _refuse_capture(self, stepped: list[list[Tensor]]) -> None:
