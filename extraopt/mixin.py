@@ -199,7 +199,8 @@ class CycleMixin:
         params = [p for batch in batches for p in batch.params]
         groups = [group for group in self.param_groups if group["extra_kl"] is not None] or self.param_groups
         known = min(group["extra_length"] for group in groups)
-        most = searching and 2 * len(params) > sum("extra_anchor" in state for state in self.state.values())
+        anchored = sum(isinstance(state, dict) and "extra_anchor" in state for state in self.state.values())
+        most = searching and 2 * len(params) > anchored
         limits = Limits(
             max(batch.horizon for batch in batches),
             min(group["extra_kl"] or float("inf") for group in groups),
