@@ -26,7 +26,7 @@ def build(seed: int) -> tuple[nn.Module, ExtraAdam]:
     for module in (model[0], model[2], model[4], model):
         fully_shard(module)
     return model, ExtraAdam(
-        model.parameters(), lr=1e-3, extra_every=5, extra_steps=25, extra_kl=None
+        model.parameters(), lr=1e-3, extra_every=5, extra_steps=20, extra_kl=None
     )  # no logits to watch
 
 

@@ -26,7 +26,7 @@ class Curve(lightning.LightningModule):
 
     def configure_optimizers(self) -> ExtraAdam:
         # a regression has no logits that a trust region could look at
-        return ExtraAdam(self.parameters(), lr=1e-3, extra_every=5, extra_steps=25, extra_kl=None)
+        return ExtraAdam(self.parameters(), lr=1e-3, extra_every=5, extra_steps=20, extra_kl=None)
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
         x, y = batch

@@ -35,7 +35,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
     optimizer = ExtraAdam(
-        model.parameters(), lr=1e-3, extra_every=5, extra_steps=25, extra_kl=None
+        model.parameters(), lr=1e-3, extra_every=5, extra_steps=20, extra_kl=None
     )  # no logits to watch
     x = torch.linspace(-3, 3, 512)[:, None]
     data = DataLoader(TensorDataset(x, torch.sin(2 * x) * x), batch_size=256)

@@ -63,7 +63,7 @@ def one_process() -> list[Line]:
     nn = torch.nn
     model = nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
     # its outputs are no logits: where they are found to be none, jumps are short, as without a look at them
-    optimizer = ExtraAdam(model.parameters(), lr=1e-3, extra_every=5, extra_steps=25, extra_kl=None)
+    optimizer = ExtraAdam(model.parameters(), lr=1e-3, extra_every=5, extra_steps=20, extra_kl=None)
     x = torch.linspace(-3, 3, 512)[:, None]
     lines = []
     for step in range(1, 101):
