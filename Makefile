@@ -52,7 +52,7 @@ bench-gpu: .venv/test.done
 	.venv/bin/python benchmarks/step.py --training --json benchmarks/results/gpu/training_step.json
 	.venv/bin/python benchmarks/memory.py --json benchmarks/results/gpu/memory.json
 
-# the README's table of where ExtraAdam is tested
+# the table of where ExtraAdam is tested
 support:
 	$(MAKE) test ARGS="--junitxml build/tests.xml"
 	.venv/bin/python tests/common/support.py build/tests.xml

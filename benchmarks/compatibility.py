@@ -1,7 +1,7 @@
 """Versions of Python, torch and Triton that the tests of the optimizer and the kernels ran with, and how they went.
 
     make test-torch VERSION=2.9.1                # runs the tests, and this script on what they report: adds a row
-    python benchmarks/compatibility.py --readme  # the table, printed and written into the README
+    python benchmarks/compatibility.py --page    # the table, printed and written into docs/reliability.md
 
 Given JUnit files, it must be run by the Python that ran their tests: it is asked for the versions.
 """
@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "compatibility.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- made by benchmarks/compatibility.py -->", "<!-- end of compatibility -->"
 
 
@@ -63,7 +63,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", nargs="*", type=Path, help="JUnit files of one run: a row for it")
-    parser.add_argument("--readme", action="store_true", help="write the table into the README")
+    parser.add_argument("--page", action="store_true", help="write the table into docs/reliability.md")
     options = parser.parse_args()
 
     rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
@@ -72,11 +72,11 @@ def main() -> None:
         rows = sorted([new, *(old for old in rows if key(old) != key(new))], key=key)
         lines = ",\n".join("  " + json.dumps(each) for each in rows)
         RESULT.write_text(f'{{\n "tests": "tests/optimizer, tests/kernels",\n "rows": [\n{lines}\n ]\n}}\n')
-    if options.readme:
-        before, begin, rest = README.read_text().partition(BEGIN)
+    if options.page:
+        before, begin, rest = PAGE.read_text().partition(BEGIN)
         if not begin:
-            raise SystemExit(f"README.md has no {BEGIN}")
-        README.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
+            raise SystemExit(f"{PAGE} has no {BEGIN}")
+        PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
     print(table(rows))
 
 

@@ -21,9 +21,9 @@ def compatibility() -> Any:
     return module
 
 
-def test_the_readme_has_the_rows_of_the_result(compatibility: Any) -> None:
+def test_the_page_has_the_rows_of_the_result(compatibility: Any) -> None:
     rows = json.loads(compatibility.RESULT.read_text())["rows"]
-    text = compatibility.README.read_text().partition(compatibility.BEGIN)[2].partition(compatibility.END)[0]
+    text = compatibility.PAGE.read_text().partition(compatibility.BEGIN)[2].partition(compatibility.END)[0]
     assert text.strip() == compatibility.table(rows)
 
 
