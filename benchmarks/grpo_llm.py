@@ -61,7 +61,7 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "RL-Extra (20,100)": (ExtraAdam, PAPER),
 }
 # of the rule before, without a trust region; its rows stay, but can't be made any more
-BEFORE = [f"before: ExtraAdam{of}" for of in ("", " told nothing", " (5,25)", " (start 61)")]
+BEFORE = [f"before: ExtraAdam{of}" for of in ("", " no rollback", " (5,25)", " (start 61)")]
 COLOURS = dict(
     zip([*OPTIMIZERS, *BEFORE], ("#64748b", "#0072b2", "#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7"))
 )

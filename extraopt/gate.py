@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 RETREAT = 0.5  # part of its drift that a tensor takes back where its gate is shut: Lookahead with alpha = 1 - RETREAT
-LARGE = 0.01  # a drift as a part of its weights; what is smaller is taken back in proportion less
+LARGE = 0.01  # a drift as a part of its weights; of what is smaller the retreat is in proportion less
 
 
 def finite(sums: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ class TensorLists:
 
         Args:
             ratios: how much of the estimate each tensor jumps.
-            retreats: part of the drift that is taken back; with ratio 0 and retreat 0 the weights are left as they are,
+            retreats: part of the drift that is gone back; with ratio 0 and retreat 0 the weights are left as they are,
                 bit for bit.
             weight: of the new drift in the estimate.
         """

@@ -137,9 +137,7 @@ def run(
     jumps: list[list[float]] = []
     wall, cpu, step = time.perf_counter(), time.process_time(), 0
     while step < cell.steps:
-        for loss, reward in lab.losses(policy, task, cell.algorithm, cell.rollouts, generator):
-            if reward is not None:
-                trained.tell(reward)
+        for loss, _ in lab.losses(policy, task, cell.algorithm, cell.rollouts, generator):
             trained.optimizer.zero_grad()
             loss().backward()
             for group in trained.optimizer.param_groups if schedule else ():

@@ -26,9 +26,6 @@ class Trained:
         """One real step, and whatever the method does after it."""
         self.optimizer.step()
 
-    def tell(self, reward: float) -> None:
-        """The mean reward of the answers that the next step learns from: most methods do not ask."""
-
     @contextlib.contextmanager
     def kept(self) -> Iterator[nn.Module]:
         """The model with the weights that the method would evaluate and save."""

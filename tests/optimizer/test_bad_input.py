@@ -1,4 +1,4 @@
-"""Wrong hyperparameters, wrong checkpoints, numbers gone bad: a clear error or a warning, weights untouched."""
+"""Wrong hyperparameters, wrong checkpoints, non-finite values: a clear error or a warning, weights untouched."""
 
 from __future__ import annotations
 
