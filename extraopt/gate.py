@@ -7,7 +7,6 @@ Sums come as `extraopt.kernels.TensorLists.sums` makes them: float64 [T, 4] on t
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -87,10 +86,22 @@ def momentum_coherence(every: float, beta: float = 0.0, momentum: float = 0.9, s
 
 def plain_noise(every: float, beta: float, momentum: float, seen: int) -> tuple[Tensor, Tensor]:
     """`averaged_noise` after `seen` drifts by `plain_weights` alone: float64 [1] each."""
-    cov = var = torch.zeros(1, dtype=torch.float64)
-    for j in range(min(seen, math.ceil(20 / (1 - beta)))):  # by then it changes no more
-        cov, var = averaged_noise(cov, var, plain_weights(torch.tensor([j]), beta), every, momentum)
-    return cov, var
+    neighbours, fade = _neighbours(every, momentum)
+    # both stretches repeat one linear map, so that powers of it take as many products as `seen` has bits; nothing in
+    # them is negative, so that none of their digits cancel
+    first = min(seen, int(1 / (1 - beta)))  # drifts of which the estimate is the plain mean: here first their sum
+    noise = torch.linalg.matrix_power(_affine([fade, 0, neighbours], [2, 1, 1]), first)[:2, 2]
+    drifts = float(max(first, 1))
+    noise /= torch.tensor([drifts, drifts**2])
+    weight = 1 - beta
+    average = _affine([beta * fade, 0, weight * neighbours], [2 * weight * beta, beta**2, weight**2])
+    cov, var = (torch.linalg.matrix_power(average, seen - first) @ torch.cat([noise, torch.ones(1)]))[:2]
+    return cov.view(1), var.view(1)
+
+
+def _affine(cov: list[float], var: list[float]) -> Tensor:
+    """The map of (cov, var, 1), float64 [3, 3], that has these rows."""
+    return torch.tensor([cov, var, [0, 0, 1]], dtype=torch.float64)
 
 
 def openness(cosines: Tensor, gate: float | None, floor: Tensor) -> Tensor:

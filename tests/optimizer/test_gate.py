@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
@@ -87,14 +88,29 @@ def test_an_estimate_without_drifts_has_no_noise_floor(every: int, momentum: flo
     assert float(noise_floor(*fold([], every, momentum))) == reference._noise_floor([], every, momentum) == 0
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("seen", [1, 2, 3, 10, 40])
-def test_plain_noise_is_the_fold_of_a_mean_and_then_an_exponential_average(beta: float, seen: int) -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.9999])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99, 1 - 1e-9])
+@pytest.mark.parametrize("seen", [0, 1, 2, 3, 10, 40, 1000])
+def test_plain_noise_is_the_fold_of_a_mean_and_then_an_exponential_average(
+    beta: float, seen: int, momentum: float
+) -> None:
     taken = plain_weights(torch.arange(seen), beta).tolist()
     assert taken == [max(1 / (j + 1), 1 - beta) for j in range(seen)]
-    for got, want in zip(plain_noise(7, beta, 0.9, seen), fold(taken, 7, 0.9)):
-        assert float(got) == pytest.approx(float(want), rel=1e-6)
-    assert momentum_coherence(7, beta, 0.9, seen) == pytest.approx(reference._noise_floor(taken, 7, 0.9), rel=1e-6)
+    for got, want in zip(plain_noise(7, beta, momentum, seen), fold(taken, 7, momentum)):
+        assert got.dtype == torch.float64 and float(got) == pytest.approx(float(want), rel=1e-12, abs=0)
+    if 0 < seen <= 40:
+        floor = reference._noise_floor(taken, 7, momentum)
+        assert momentum_coherence(7, beta, momentum, seen) == pytest.approx(floor, rel=1e-6)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("beta", [0.9, 1 - 1e-9])
+def test_plain_noise_of_any_number_of_drifts_takes_no_time(beta: float) -> None:
+    """A loop over the drifts would take years."""
+    cov, _ = plain_noise(10, beta, 0.9, 2**53)
+    neighbours = float(plain_noise(10, 0.0, 0.9, 1)[0])
+    assert float(cov) == pytest.approx((1 - beta) * neighbours / (1 - beta * 0.9**10), rel=1e-9)  # it changes no more
+    assert momentum_coherence(10, math.nextafter(1.0, 0.0)) == pytest.approx(0, abs=1e-4)
 
 
 def test_the_length_of_the_next_estimate_follows_from_the_sums() -> None:
