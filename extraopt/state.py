@@ -191,7 +191,10 @@ def modernize(state: dict[str, Any], group: Mapping[str, Any], counter: str, mom
     every, steps, beta = (group.get(f"extra_{key}") for key in ("every", "steps", "beta"))
     if every is None or steps is None or not is_number(every, 1) or not is_number(steps, 1):
         return
-    beta = max(0.0, 1 - every / steps) if beta is None else float(beta)
+    beta = max(0.0, 1 - every / steps) if beta is None else beta
+    if not is_number(beta, 0, 1):
+        return  # the check of hyperparameters says what is wrong with it
+    beta = float(beta)
     seen = int(state[counter] - state["extra_origin"]) // int(every)
     state["extra_estimate"] = old / (1 - beta**seen) if seen else old.clone()
     cov, var = plain_noise(every, beta, momentum, seen)

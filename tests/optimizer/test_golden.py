@@ -159,6 +159,19 @@ def test_a_checkpoint_of_this_rule_continues_as_it_did_then(source: Path | tuple
     assert go_on(saved, params, optimizer, list(range(len(params)))) == phases(saved)
 
 
+@each_first
+@pytest.mark.parametrize("beta", [1, 1.0, 2.0, -0.1, float("nan"), float("inf"), "0.9", True, [0.9]], ids=repr)
+def test_a_state_of_0_1_0_with_a_beta_out_of_range_is_refused_by_name(file: Path, beta: Any) -> None:
+    saved = load(file)
+    params, optimizer = resume(saved)
+    before = copy.deepcopy(optimizer.state_dict())
+    for group in saved["state_dict"]["param_groups"]:
+        group["extra_beta"] = beta
+    with pytest.raises(ValueError, match=r"Invalid extra_beta: .* in \[0, 1\)"):
+        optimizer.load_state_dict(saved["state_dict"])
+    assert_same(optimizer.state_dict(), before)
+
+
 @each_later
 def test_a_checkpoint_of_this_rule_keeps_all_entries_and_hyperparameters(source: Path | tuple[str, ...]) -> None:
     saved = load(source)
