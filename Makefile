@@ -1,6 +1,7 @@
 # make demo   fine-tune a real model with AdamW and with ExtraAdam, side by side
 # make test   everything that must pass before a change lands
-# Both set up .venv by themselves and install exactly what constraints.txt says.
+# make lint   style and types;  make dist   what a release uploads
+# They set up .venv by themselves and install exactly what constraints.txt says.
 
 PYTHON ?= python3
 PIP := .venv/bin/pip --disable-pip-version-check
@@ -8,7 +9,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # options of examples/grpo_smollm2.py, given as `make demo MODEL=... DATASET=... STEPS=...`
 DEMO = $(foreach option,MODEL DATASET STEPS LR SEED OUT,$(if $($(option)),--$(shell echo $(option) | tr A-Z a-z) $($(option))))
 
-.PHONY: demo test test-slow test-torch bench bench-gpu support lint clean
+.PHONY: demo test test-slow test-torch bench bench-gpu support lint dist clean
 
 demo: .venv/demo.done
 	.venv/bin/python examples/grpo_smollm2.py $(DEMO)
@@ -60,6 +61,34 @@ support:
 lint: .venv/test.done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	for platform in linux darwin win32; do .venv/bin/mypy --platform $$platform || exit; done
+
+# What a release uploads, checked and tried: the source, a wheel for this kind of Linux machine, and one without machine
+# code for all others. The wheels are built from the source archive, without pip's cache, which knows no variables.
+TOOLS := .venv-tools/bin
+WHEEL := $(TOOLS)/pip --disable-pip-version-check wheel --quiet --no-cache-dir --no-deps
+TRY = build/dist/env/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+dist: .venv-tools/done
+	rm -rf dist build/dist
+	$(TOOLS)/python -m build --sdist --outdir dist .
+	CFLAGS="$(CFLAGS) -include $(CURDIR)/.ci/oldest_glibc.h" $(WHEEL) --wheel-dir build/dist dist/*.tar.gz
+	PATH="$(CURDIR)/$(TOOLS):$$PATH" $(TOOLS)/auditwheel repair --wheel-dir dist build/dist/*.whl
+	EXTRAOPT_PURE=1 $(WHEEL) --wheel-dir dist dist/*.tar.gz
+	$(TOOLS)/validate-pyproject pyproject.toml
+	$(TOOLS)/twine check --strict dist/*
+	$(TOOLS)/check-wheel-contents dist/*.whl
+	$(TOOLS)/abi3audit --strict --verbose dist/*manylinux*.whl
+	$(PYTHON) -m venv build/dist/env
+	$(TRY) dist/*manylinux*.whl
+	build/dist/env/bin/python -I tests/packaging/_smoke.py native
+	$(TRY) --no-deps --force-reinstall dist/*-none-any.whl
+	build/dist/env/bin/python -I tests/packaging/_smoke.py operations
+
+.venv-tools/done: .ci/tools.txt
+	$(PYTHON) -m venv .venv-tools
+	$(TOOLS)/pip --disable-pip-version-check install --quiet --requirement .ci/tools.txt
+	touch $@
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -71,4 +100,4 @@ lint: .venv/test.done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-torch-* build dist *.egg-info
+	rm -rf .venv .venv-torch-* .venv-tools build dist *.egg-info
