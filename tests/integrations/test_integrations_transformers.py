@@ -249,7 +249,9 @@ def test_deepspeed_steps_with_the_optimizer_of_its_own_configuration(tmp_path: P
 class Grpo:
     """A run of TRL's trainer: global steps at which completions were generated, and those that ended a cycle."""
 
-    def __init__(self, folder: Path, resume: Path | None = None, watch: bool = True, **options: Any):
+    def __init__(
+        self, folder: Path, resume: Path | None = None, watch: bool = True, adamw: bool = False, **options: Any
+    ):
         trl = pytest.importorskip("trl")
         from datasets import Dataset
         from tokenizers import Tokenizer, models, pre_tokenizers
@@ -282,11 +284,14 @@ class Grpo:
                 tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
             ),
         )
-        if watch:
+        if adamw:
+            self.trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"lr": 1e-3})
+        elif watch:
             use_extra_adam(self.trainer, **knobs)
         else:
             self.trainer.optimizer_cls_and_kwargs = (ExtraAdam, knobs)
-        self.trainer.add_callback(self.ends)
+        if not adamw:
+            self.trainer.add_callback(self.ends)
         self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         self.logs = self.trainer.state.log_history
         self.optimizer = self.trainer.optimizer.optimizer
@@ -377,6 +382,27 @@ def test_a_run_resumed_within_a_batch_of_completions_jumps_between_its_steps(tmp
         resumed = Grpo(tmp_path / "resumed", resume=tmp_path / "whole" / "checkpoint-3", **options)
     assert whole.generated == [0, 2, 4] and resumed.generated == [3]
     assert list(whole.ends.reports) == list(resumed.ends.reports) == [4]
+
+
+@pytest.mark.parametrize("saved", ["save_only_model", "AdamW"])
+@pytest.mark.parametrize("at", [4, 6], ids=["between batches", "within a batch"])
+def test_a_run_resumed_without_cycles_of_its_own_ends_them_with_the_batches_of_completions(
+    saved: str, at: int, tmp_path: Path
+) -> None:
+    """Four optimizer steps on each batch, whose first comes with the first step after the checkpoint."""
+    options = {"num_iterations": 4, "save_strategy": "steps", "save_steps": at}
+    before: dict[str, Any] = {"adamw": True} if saved == "AdamW" else {saved: True}
+    Grpo(tmp_path / "first", max_steps=at, **before, **options)
+    checkpoint = tmp_path / "first" / f"checkpoint-{at}"
+    assert (checkpoint / "optimizer.pt").exists() == (saved != "save_only_model")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="ExtraCallback")
+        run = Grpo(tmp_path / "second", resume=checkpoint, max_steps=at + 9, knobs=OPEN, **options)
+    assert run.generated == [at, at + 4, at + 8] and list(run.ends.reports) == [at + 4, at + 8]
+    assert run.ends.reports[at + 8].jumped > 0
+    applied = 0 if saved == "save_only_model" else at
+    assert [report.step for report in run.ends.reports.values()] == [applied + 4, applied + 8]
+    assert {group["extra_every"] for group in trained_groups(run.trainer)} == {4}
 
 
 def rank_trainer(rank: int, folder: str) -> tuple[list[float], list[float], list[int], list[str]]:
