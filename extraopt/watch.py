@@ -5,21 +5,28 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from .positions import Positions, Unusable
 
 
 class _Hook:
-    """A forward pre-hook that is inert wherever a model was copied or unpickled to, and within a compiled graph."""
+    """A forward pre-hook that is inert wherever a model was copied or unpickled to, and within a compiled graph.
 
-    def __init__(self, act: Callable[..., None]) -> None:
+    When the object that it calls is gone it removes itself by the next call. A finalizer would do so whenever the
+    garbage collector runs, and Dynamo fails where a hook goes while it compiles.
+    """
+
+    def __init__(self, act: Callable[..., None], register: Callable[[_Hook], RemovableHandle]) -> None:
         self.act = weakref.WeakMethod(act)
+        self.handle = register(self)
 
     def __call__(self, *arguments: Any) -> None:
         if not torch.compiler.is_compiling():  # else it would break the graph
@@ -29,7 +36,9 @@ class _Hook:
     def look(self, *arguments: Any) -> None:
         """What a call that is not compiled does."""
         act = self.act()
-        if act is not None:
+        if act is None:
+            self.handle.remove()
+        else:
             act(*arguments)
 
     def __deepcopy__(self, memo: Any) -> Callable[..., Any]:
@@ -119,7 +128,7 @@ class Watch:
         self.group: Any = None
         self.refused: str | None = None
         self._logits: Callable[[Any], Tensor] | None = None
-        self._removers: list[Callable[[], None]] = []
+        self._hooks: list[_Hook] = []
         self._own: Callable[[], set[int]] = set
         self._first = -1  # id of the hook that remembers the call by which a model was found
         self._rng: dict[torch.device | None, Tensor] = {}
@@ -138,7 +147,7 @@ class Watch:
     @property
     def searching(self) -> bool:
         """Whether a model is still to be found."""
-        return self.model is None and bool(self._removers)
+        return self.model is None and bool(self._hooks)
 
     @property
     def captured(self) -> bool:
@@ -159,17 +168,15 @@ class Watch:
         except Unusable as reason:
             self.refused = str(reason)
             return
-        hook = _Hook(self._remember)
-        self._hold(self.model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
+        register = partial(self.model.register_forward_pre_hook, prepend=True, with_kwargs=True)
+        self._hooks.append(_Hook(self._remember, register))
 
     def find(self, own: Callable[[], set[int]], logits: Callable[[Any], Tensor] | None) -> None:
         """Watch the outermost module that is called for training and has most of the parameters with these ids."""
         self.detach()
         self._own, self._logits = own, logits
-        self._hold(register_module_forward_pre_hook(_Hook(self._look)).remove)
-        first = register_module_forward_pre_hook(_Hook(self._remember_first))
-        self._first = first.id
-        self._hold(first.remove)
+        self._hooks += [_Hook(act, register_module_forward_pre_hook) for act in (self._look, self._remember_first)]
+        self._first = self._hooks[-1].handle.id
 
     def holds(self, params: Iterable[Tensor]) -> bool:
         """Whether there is a model, and it computes with any of these parameters."""
@@ -183,15 +190,11 @@ class Watch:
         own = self._own()
         return 2 * len(own & set(map(id, module.parameters()))) > len(own)
 
-    def _hold(self, remove: Callable[[], None]) -> None:
-        self._removers.append(remove)
-        weakref.finalize(self, remove)
-
     def detach(self) -> None:
         """Watch nothing any more."""
-        for remove in self._removers:
-            remove()
-        self._removers.clear()
+        for hook in self._hooks:
+            hook.handle.remove()
+        self._hooks.clear()
         self.model = self.group = self.refused = None
         self.release()
 

@@ -871,18 +871,40 @@ def test_a_model_and_its_optimizer_are_kept_alive(kind: str) -> None:
     torch._dynamo.reset()
     gc.collect()
     assert [ref() for ref in gone] == [None] * 4
+    torch.nn.Identity()(1)
     assert not torch.nn.modules.module._global_forward_pre_hooks
 
 
-def test_an_optimizer_that_is_gone_leaves_hooks_or_its_model_fails() -> None:
+def test_an_optimizers_hooks_are_gone_after_the_next_call_without_it() -> None:
     model = llama()
     optimizer = ExtraAdam(model.parameters(), **OPEN)
     train(model, optimizer)
     del optimizer
     gc.collect()
-    assert not model._forward_pre_hooks
+    model(**batch(0))
+    assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
     second = ExtraAdam(model.parameters(), **OPEN)
     watched(train(model, second))
+
+
+@pytest.mark.parametrize("found", [False, True], ids=["of a model not found", "of the model that compiles"])
+def test_an_optimizer_may_be_collected_while_a_model_compiles(found: bool) -> None:
+    """Dynamo guards on the hooks that it saw, and fails where the garbage collector has one removed meanwhile."""
+    torch._dynamo.reset()
+    model = Net()
+    optimizers = [ExtraAdam((model if found else Net()).parameters(), **OPEN)]
+    if found:
+        optimizers[0].watch(model)
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        optimizers.clear()
+        gc.collect()
+        return graph.forward
+
+    model.compile(backend=backend)
+    model(**batch(0))
+    assert not optimizers
+    model(**batch(0))
 
 
 def test_inputs_outlive_the_step_that_looks_at_them() -> None:
