@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -147,11 +149,13 @@ def use_extra_adam(trainer: Trainer, **options: Any) -> ExtraCallback:
 
     For TRL's trainers that take no ``optimizer_cls_and_kwargs`` (GRPO, RLOO, DPO and others), and any other Trainer.
     Learning rate, betas, epsilon and ``fused`` are those that the Trainer would have given to AdamW, weight decay and
-    schedule too: with ``extra_steps=0`` it trains as without this call, bit for bit.
+    schedule too: with ``extra_steps=0`` it trains as without this call, bit for bit. They are read when the Trainer
+    makes its optimizer, in ``hyperparameter_search`` anew for each trial.
 
     Args:
         trainer (Trainer): built, but not trained yet.
-        **options: keyword arguments of :class:`~extraopt.ExtraAdam`, the ``extra_*`` hyperparameters or others.
+        **options: keyword arguments of :class:`~extraopt.ExtraAdam`, the ``extra_*`` hyperparameters or others. They
+            come before what the Trainer would have given, in every trial.
 
     Returns:
         ExtraCallback: the one that was added to the Trainer.
@@ -159,6 +163,10 @@ def use_extra_adam(trainer: Trainer, **options: Any) -> ExtraCallback:
     Raises:
         RuntimeError: the Trainer has an optimizer already.
         ValueError: ``args.optim`` asks for an optimizer that is not torch's AdamW.
+
+    Warns:
+        RuntimeWarning: when the optimizer is made, where what the Trainer would give has changed since this call and
+            one of ``options`` holds instead.
 
     Example::
 
@@ -171,17 +179,51 @@ def use_extra_adam(trainer: Trainer, **options: Any) -> ExtraCallback:
             f"The Trainer has an optimizer already, {type(trainer.optimizer).__name__}: call use_extra_adam() before "
             "train(), and build it without `optimizers`."
         )
-    model: Any = trainer.model
-    kind, of_args = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    asked: Any = trainer.get_optimizer_cls_and_kwargs
+    if getattr(asked, "func", None) is _extra_adam:  # this is a second call, whose options hold
+        asked = asked.args[0]
+    _, now = _extra_adam(asked, {}, {}, trainer.args, trainer.model)
+    # the Trainer asks when it makes its optimizer: in each trial of a hyperparameter search by other arguments
+    trainer.optimizer_cls_and_kwargs = None
+    trainer.get_optimizer_cls_and_kwargs = partial(_extra_adam, asked, options, now)  # type: ignore[method-assign]
+    callback = ExtraCallback()
+    trainer.callback_handler.callbacks.insert(0, callback)  # one dict of logs goes from callback to callback
+    return callback
+
+
+def _extra_adam(
+    asked: Callable[..., Any],
+    options: dict[str, Any],
+    before: dict[str, Any],
+    args: TrainingArguments,
+    model: Any = None,
+) -> tuple[type[ExtraAdam], dict[str, Any]]:
+    """ExtraAdam and its arguments in the place of AdamW's.
+
+    Args:
+        asked: the Trainer's own `get_optimizer_cls_and_kwargs`.
+        options: come before its answer.
+        before: its answer when these options were given.
+        args: to ask by.
+        model: likewise.
+
+    Raises:
+        ValueError: the Trainer would make another optimizer.
+    """
+    kind, now = asked(args, model)
     if kind is not AdamW:
         raise ValueError(
             f"args.optim asks for {kind.__module__}.{kind.__name__}, and ExtraAdam is torch's AdamW: set "
             "optim='adamw_torch', or wrap another in extraopt.wrap.Extra and give it to the Trainer as `optimizers`."
         )
-    trainer.optimizer_cls_and_kwargs = (ExtraAdam, {**of_args, **options})
-    callback = ExtraCallback()
-    trainer.callback_handler.callbacks.insert(0, callback)  # one dict of logs goes from callback to callback
-    return callback
+    for key in sorted(key for key in options.keys() & now.keys() if now[key] != before.get(key)):
+        warnings.warn(
+            f"extraopt: the Trainer's {key} is {now[key]!r} by now, but what use_extra_adam() was given holds, "
+            f"{options[key]!r}: a search over {key} needs it left out there.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return ExtraAdam, {**now, **options}
 
 
 def _stepping(optimizer: Any) -> CycleMixin:

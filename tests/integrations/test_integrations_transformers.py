@@ -466,6 +466,119 @@ def test_use_extra_adam_comes_too_late_or_drops_the_users_choice(tmp_path: Path)
     assert {(group["initial_lr"], group["extra_every"]) for group in trained_groups(trainer)} == {(0.5, 4)}
 
 
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
+SPACE: list[dict[str, Any]] = [  # of three trials
+    {"learning_rate": 1e-3, "adam_beta1": 0.8, "adam_epsilon": 1e-7, "weight_decay": 0.1},
+    {"learning_rate": 3e-2, "adam_beta1": 0.5, "adam_epsilon": 1e-6, "weight_decay": 0.0},
+    {"learning_rate": 1e-2, "adam_beta1": 0.9, "adam_epsilon": 1e-5, "weight_decay": 0.3},
+]
+
+
+class Trials(TrainerCallback):
+    """Of each training: what was asked for, what the groups began with, and the weights at its end."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.groups: list[list[Any]] = []
+        self.weights: list[list[torch.Tensor]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
+        groups = optimizer.optimizer.param_groups
+        begun = [[group.get(key) for key in ("initial_lr", *HYPERPARAMETERS[1:])] for group in groups]
+        self.groups.append([*begun, *([p.shape for p in group["params"]] for group in groups)])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        self.weights.append([p.detach().clone() for p in model.parameters()])
+
+
+def searched(folder: Path, how: str, ours: bool, knobs: dict[str, Any]) -> Trials:
+    """Three trials, each with hyperparameters and a model of its own, by AdamW or by ExtraAdam."""
+    trials, number = Trials(), iter([0, 0, 1, 2])  # the Trainer makes a model when it is built, too
+
+    def model_init(trial: Any = None) -> Any:
+        i = next(number)
+        model = llama(i)
+        model.model.embed_tokens.weight.requires_grad_(i < 2)  # other decay groups
+        return model
+
+    trainer = Trainer(
+        model_init=model_init, args=arguments(folder, max_steps=4, learning_rate=5e-5), train_dataset=rows(same=True),
+        eval_dataset=rows()[:2], callbacks=[trials],
+    )  # fmt: skip
+    if ours:
+        use_extra_adam(trainer, **knobs)
+    if how == "optuna":
+        import optuna
+
+        def space(trial: Any) -> dict[str, Any]:
+            asked = {
+                "learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2, log=True),
+                "adam_beta1": trial.suggest_categorical("adam_beta1", [0.5, 0.8, 0.9]),
+                "adam_epsilon": trial.suggest_float("adam_epsilon", 1e-8, 1e-5, log=True),
+                "weight_decay": trial.suggest_float("weight_decay", 0.01, 0.3),
+            }
+            trials.asked.append(asked)
+            return asked
+
+        sampler = optuna.samplers.RandomSampler(seed=0)
+        trainer.hyperparameter_search(space, backend="optuna", n_trials=len(SPACE), sampler=sampler)
+    for case in SPACE if how == "arguments" else ():
+        trials.asked.append(case)
+        for key, value in case.items():
+            setattr(trainer.args, key, value)
+        trainer.train()
+    return trials
+
+
+@pytest.mark.parametrize("how", ["optuna", "arguments"])
+def test_each_trial_of_a_hyperparameter_search_trains_by_its_own_hyperparameters(how: str, tmp_path: Path) -> None:
+    """Without jumps all bits are AdamW's: learning rate, betas, epsilon and the decay groups of that trial's model."""
+    if how == "optuna":
+        pytest.importorskip("optuna", reason="optuna is not installed")
+    ours = searched(tmp_path, how, True, {"extra_steps": 0})
+    theirs = searched(tmp_path, how, False, {})
+    assert ours.asked == theirs.asked and len({case["learning_rate"] for case in ours.asked}) == len(ours.groups) == 3
+    for case, groups in zip(ours.asked, ours.groups):
+        rest = [(case["adam_beta1"], 0.999), case["adam_epsilon"]]
+        for group, decay in zip(groups, (case["weight_decay"], 0.0)):
+            assert group == [case["learning_rate"], *rest, decay]
+    assert ours.groups == theirs.groups and len({len(groups[2]) for groups in ours.groups}) == 2
+    assert_same(ours.weights, theirs.weights)
+    jumping = searched(tmp_path, how, True, OPEN)
+    assert jumping.groups == theirs.groups
+    assert not any(all(map(torch.equal, *pair)) for pair in zip(jumping.weights, theirs.weights))
+
+
+def test_what_use_extra_adam_was_given_holds_in_every_trial_and_a_warning_says_so(tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="^extraopt: the Trainer's lr is 0.001 by now, .* holds, 0.25: a") as seen:
+        ours = searched(tmp_path, "arguments", True, {"lr": 0.25, "extra_steps": 0})
+    assert [groups[0][0] for groups in ours.groups] == [0.25] * 3
+    assert len([w for w in seen if str(w.message).startswith("extraopt")]) == 3
+
+
+def test_a_trial_sets_up_the_optimizer_that_its_arguments_ask_for(tmp_path: Path) -> None:
+    """By the Trainer's own `_hp_search_setup`, as each of its backends does; and of two calls the second holds."""
+    from transformers.trainer_utils import HPSearchBackend
+
+    trainer = Trainer(model_init=lambda: llama(), args=arguments(tmp_path), train_dataset=rows())
+    use_extra_adam(trainer, extra_every=4)
+    use_extra_adam(trainer, extra_every=5)
+    trainer.hp_search_backend = HPSearchBackend.RAY
+    for case in SPACE:
+        trainer._hp_search_setup(dict(case))
+        trainer.optimizer = None
+        optimizer = trainer.create_optimizer()
+        assert type(optimizer) is ExtraAdam
+        wanted = [case["learning_rate"], (case["adam_beta1"], 0.999), case["adam_epsilon"]]
+        for group, decay in zip(optimizer.param_groups, (case["weight_decay"], 0.0), strict=True):
+            assert [group[key] for key in HYPERPARAMETERS] == [*wanted, decay]
+            assert group["extra_every"] == 5
+    trainer._hp_search_setup({"optim": "adafactor"})
+    trainer.optimizer = None
+    with pytest.raises(ValueError, match=r"args.optim asks for .*Adafactor"):
+        trainer.create_optimizer()
+
+
 def test_a_second_training_watches_the_first_ones_optimizer(tmp_path: Path) -> None:
     """One callback in two Trainers, one after the other."""
     callback = ExtraCallback()
