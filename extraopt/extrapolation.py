@@ -96,7 +96,7 @@ class Outcome:
     reset: list[int]
 
 
-Choose = Callable[[Callable[[float], None]], Length]
+Choose = Callable[[Callable[[float], None], float], Length]
 
 
 def _tabulated(batches: Sequence[CycleBatch], tables: list[TensorLists]) -> list[TensorLists]:
@@ -124,12 +124,14 @@ class _Jump:
         if batch.gate is not None:
             self.weights = torch.maximum(self.weights, self.opens.square().where(may, 0.0))
         self.norms = gates.averaged_norm(sums, self.weights)
+        self.drift_sq = float(self.norms[self.finite].square().sum())
         retreats = gates.retreats(sums, self.opens).where(may, 0.0)
         furthest = self.opens * (self.longest / batch.every) * self.norms + retreats * sums[:, 1].sqrt()
         if batch.estimates is not None:  # what is jumped by is stored in the same dtype first
             furthest = torch.maximum(furthest, self.norms).where(furthest > 0, 0.0)
         self.overflow = gates.overflows(sums, furthest, [p.dtype for p in batch.params]) & may & (furthest > 0)
         self.opens = self.opens.where(may & ~self.overflow, 0.0)
+        self.gated_sq = float((self.norms * self.opens)[self.opens > 0].square().sum())
         self.retreats = retreats.where(~self.overflow, 0.0)
         self.noise = gates.averaged_noise(cov, var, self.weights, batch.every, batch.momentum)
 
@@ -178,6 +180,11 @@ class _Jump:
                 a.copy_(p.detach())
 
 
+def _gate(moved: Sequence[_Jump], all_of_them: Sequence[_Jump]) -> float:
+    drift_sq = sum(jump.drift_sq for jump in all_of_them)
+    return (sum(jump.gated_sq for jump in moved) / drift_sq) ** 0.5 if drift_sq > 0 else 0.0
+
+
 def _lists(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> TensorLists:
     return TensorLists(local(params), local(anchors), None if estimates is None else local(estimates))
 
@@ -198,7 +205,8 @@ def end_cycle(
         tables: what this function left there when it was last called, or empty; written in place.
         longest: no length is tried beyond it, but for batches that are not limited.
         choose: is given a function that moves the weights to a length, any number of times, and leaves them at the
-            length that it returns. Asked only where a limited tensor is to jump.
+            length that it returns; and how far the gates of what is moved are open, 0 to 1. Asked only where a limited
+            tensor is to jump.
 
     Returns:
         What was done; the length chosen, None where none was; what became of each batch.
@@ -220,19 +228,18 @@ def end_cycle(
         for jump in limited:
             jump.move(length)
 
-    chosen = choose(move) if limited else None
+    chosen = choose(move, _gate(limited, limited)) if limited else None
     for jump in jumps:
         jump.finish()
 
-    gated_sq, drift_sq, weight_sq, jumped, length, refused = 0.0, 0.0, 0.0, 0, 0.0, []
+    weight_sq, jumped, length, refused, moved = 0.0, 0, 0.0, [], []
     for jump in jumps:
         own_length = jump.longest if not jump.batch.limited else min(chosen.steps if chosen else 0.0, jump.longest)
-        moved = jump.opens > 0 if own_length else torch.zeros_like(jump.finite)
-        gated_sq += float((jump.norms * jump.opens)[moved].square().sum())
-        drift_sq += float(jump.norms[jump.finite].square().sum())
+        if own_length and bool(jump.opens.any()):
+            moved.append(jump)
+            jumped += int((jump.opens > 0).sum())
+            length = max(length, own_length)
         weight_sq += float(jump.sums[jump.finite, 3].sum())
-        jumped += int(moved.sum())
-        length = max(length, own_length) if bool(moved.any()) else length
         refused += [jump.batch.params[i] for i in (~jump.finite | jump.overflow).nonzero().flatten().tolist()]
     step = max(max(batch.steps) for batch in batches)
     if refused:
@@ -243,7 +250,7 @@ def end_cycle(
             RuntimeWarning,
             stacklevel=2,
         )
-    gate = (gated_sq / drift_sq) ** 0.5 if drift_sq > 0 else 0.0
+    gate, drift_norm = _gate(moved, jumps), sum(jump.drift_sq for jump in jumps) ** 0.5
     kl, fall = (chosen.kl, chosen.fall) if chosen else (math.nan, math.nan)
-    report = JumpReport(step, length, gate, cosine, kl, fall, drift_sq**0.5, weight_sq**0.5, jumped, len(refused))
+    report = JumpReport(step, length, gate, cosine, kl, fall, drift_norm, weight_sq**0.5, jumped, len(refused))
     return report, chosen, outcomes

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .extrapolation import CycleBatch, JumpReport, end_cycle
 from .schedule import Schedule
 from .state import keeps_estimate, new_anchor, new_estimate, offload
-from .trust import UNWATCHED, Length, Limits, TrustRegion
+from .trust import GROWTH, UNWATCHED, Length, Limits, TrustRegion
 
 
 def learning_rate_is_zero(group: Mapping[str, Any]) -> bool:
@@ -207,11 +207,11 @@ class CycleMixin:
             min(group["extra_fall"] for group in groups),
         )
 
-        def choose(move: Callable[[float], None]) -> Length:
-            return self._trust.choose(move, params, known, limits, most)
+        def choose(move: Callable[[float], None], gate: float) -> Length:
+            return self._trust.choose(move, gate, params, known, limits, most)
 
         with self._moving(params):
-            report, length, outcomes = end_cycle(batches, self._schedule.tables, max(2 * known, UNWATCHED), choose)
+            report, length, outcomes = end_cycle(batches, self._schedule.tables, max(GROWTH * known, UNWATCHED), choose)
         self._last_jump[:] = [report]
         if length is not None:
             for group in self.param_groups:

@@ -16,8 +16,9 @@ from .watch import Watch, sharded
 
 TRIALS = 3
 MARGIN = 0.95  # of the length that the last trial's fit proposes
-FELT = 0.01  # part of a limit that a jump must have come to, or it says nothing about longer ones
-LEAST = 1.0  # step: no search starts from less, lest lengths that are not felt stay so small for good
+GROWTH = 2.0  # of the last length, up to which the next is looked for
+OPEN = 0.25  # gate from which on a length may grow: where gates are shut any length changes nothing, and says nothing
+LEAST = 1.0  # step: no search starts from less
 PLAUSIBLE = 0.01  # probability of a token from which on its fall counts
 UNWATCHED = 20.0  # steps: the longest jump where no model can be watched
 CHUNK_BYTES = 1 << 25  # of float32 logits that are compared at a time
@@ -48,20 +49,21 @@ class Limits:
     fall: float
 
 
-def search(measure: Callable[[float], tuple[float, float]], known: float, limits: Limits) -> Length:
+def search(measure: Callable[[float], tuple[float, float]], known: float, limits: Limits, gate: float) -> Length:
     """The longest of a few lengths at which the outputs stay within the limits.
 
-    It starts from twice the length known. KL grows about as the square of a length and the fall in proportion to it:
-    from that each trial proposes the next, and none is taken that was not itself measured. Where none is within, the
-    next search starts from half of the last one tried.
+    It starts from twice the length known, and the next one from more than that only where gates were open. KL grows
+    about as the square of a length and the fall in proportion to it: from that each trial proposes the next, and none
+    is taken that was not itself measured. Where none is within, the next search starts from half of the last one tried.
 
     Args:
         measure: moves the weights to a length and says how far the outputs are from those at 0: mean KL, mean fall; not
             finite where the model failed, which ends the search.
         known: what the last search found, > 0.
         limits: none of them is exceeded.
+        gate: how far the gates of what jumps are open, 0 to 1.
     """
-    proposed = min(2 * known, limits.steps)
+    proposed = min(GROWTH * known, limits.steps)
     for _ in range(TRIALS):
         tried = proposed
         kl, fall = measure(tried)
@@ -69,8 +71,7 @@ def search(measure: Callable[[float], tuple[float, float]], known: float, limits
         if not all(map(math.isfinite, (kl, fall, used))):
             break
         if used <= 1:
-            felt = max(kl / limits.kl, fall / limits.fall) > FELT
-            longest = tried if felt else min(tried, max(known, LEAST))
+            longest = tried if gate >= OPEN else min(tried, known)
             return Length(tried, max(longest, LEAST / 2), kl, fall)
         proposed = MARGIN * tried / used
     return Length(0.0, max(tried / 2, LEAST) / 2)
@@ -125,23 +126,36 @@ class TrustRegion:
         self._warned: set[str] = set()
 
     def choose(
-        self, move: Callable[[float], None], params: Sequence[Tensor], known: float, limits: Limits, most: bool
+        self,
+        move: Callable[[float], None],
+        gate: float,
+        params: Sequence[Tensor],
+        known: float,
+        limits: Limits,
+        most: bool,
     ) -> Length:
         """Move the weights to the longest jump within the limits.
 
         Args:
             move: writes the weights of a length, any number of times.
+            gate: how far the gates of what is moved are open, 0 to 1.
             params: those of the optimizer, on this rank.
             known: what the last search found, > 0.
             limits: none of them is exceeded.
             most: whether most of the parameters jump: else it takes the length known at most, without a search.
         """
-        length = self._choose(move, params, known, limits, most)
+        length = self._choose(move, gate, params, known, limits, most)
         move(length.steps)
         return length
 
     def _choose(
-        self, move: Callable[[float], None], params: Sequence[Tensor], known: float, limits: Limits, most: bool
+        self,
+        move: Callable[[float], None],
+        gate: float,
+        params: Sequence[Tensor],
+        known: float,
+        limits: Limits,
+        most: bool,
     ) -> Length:
         unwatched = Length(min(UNWATCHED, limits.steps), known)
         if self.quietly:
@@ -164,7 +178,7 @@ class TrustRegion:
                         "at most. Where another module is called for training, tell the optimizer by watch(model).",
                     )
                 return Length(min(known, limits.steps), known)
-            return self._search(move, ranks, known, limits)
+            return self._search(move, gate, ranks, known, limits)
         except Unusable as reason:
             self._warn(
                 str(reason),
@@ -175,7 +189,7 @@ class TrustRegion:
         finally:
             self.watch.release()
 
-    def _search(self, move: Callable[[float], None], ranks: Ranks, known: float, limits: Limits) -> Length:
+    def _search(self, move: Callable[[float], None], gate: float, ranks: Ranks, known: float, limits: Limits) -> Length:
         watch, outputs = self.watch, list[Outputs]()
         assert watch.model is not None
         failures: list[Exception] = []
@@ -213,7 +227,7 @@ class TrustRegion:
             with watch.undisturbed():
                 positions = watch.positions()
                 attempt(0.0)
-                length = search(measure, known, limits)
+                length = search(measure, known, limits, gate)
         except BaseException:
             move(0.0)
             raise

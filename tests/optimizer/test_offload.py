@@ -158,7 +158,7 @@ def test_gpu_lengths_are_tried_from_host_memory_as_from_the_device():
     ]
     for model, optimizer in runs:
 
-        def choose(move, params, known, limits, most):
+        def choose(move, gate, params, known, limits, most):
             for length in (17.0, 0.0, 40.0, 3.0):
                 move(length)
             return Length(3.0, known)

@@ -130,7 +130,7 @@ def test_the_end_of_a_cycle_is_the_reference_within_one_rounding(
     )
     asked = []
 
-    def choose(move):
+    def choose(move, gate):
         asked.append(move)
         for tried in lengths:
             move(tried)
