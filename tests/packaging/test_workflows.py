@@ -29,7 +29,7 @@ def targets() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_an_action_is_not_pinned_or_a_job_may_do_more_than_it_says(file: Path) -> None:
+def test_actions_are_pinned_and_jobs_have_few_permissions(file: Path) -> None:
     workflow = read(file)
     used = [step["uses"] for step in steps(workflow) if "uses" in step]
     assert used and [name for name in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", name)] == []
@@ -41,14 +41,14 @@ def test_an_action_is_not_pinned_or_a_job_may_do_more_than_it_says(file: Path) -
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_a_workflow_makes_what_is_no_target_or_runs_what_is_no_file(file: Path) -> None:
+def test_workflows_make_targets_and_run_files_that_exist(file: Path) -> None:
     runs = [step["run"] for step in steps(read(file)) if "run" in step]
     assert set(re.findall(r"\bmake ([\w-]+)", " ".join(runs))) <= targets().keys()
     for path in re.findall(r"(?:\.ci|tests)/[\w./-]+", " ".join(runs)):
         assert (ROOT / path).is_file(), path
 
 
-def test_all_pins_of_an_action_are_not_the_same() -> None:
+def test_all_pins_of_an_action_are_the_same() -> None:
     pins: dict[str, set[str]] = {}
     for file in WORKFLOWS:
         for name, pin in re.findall(r"uses: ([\w/-]+)@(.+)", file.read_text(encoding="utf-8")):
@@ -57,12 +57,12 @@ def test_all_pins_of_an_action_are_not_the_same() -> None:
     assert all(" # v" in pin for found in pins.values() for pin in found), "say which version a hash is"
 
 
-def test_a_host_is_named_in_what_github_reads() -> None:
+def test_no_host_is_named_in_what_github_reads() -> None:
     files = [file for file in (ROOT / ".github").rglob("*") if file.is_file()] + [ROOT / ".pre-commit-config.yaml"]
     assert [(file.name, url) for file in files for url in re.findall(r"\w+://\S+|index-url", file.read_text())] == []
 
 
-def test_the_tested_versions_are_others_than_the_promised_ones() -> None:
+def test_the_tested_versions_are_the_promised_ones() -> None:
     promised = set(re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text()))
     tests, wheels = (read(ROOT / ".github" / "workflows" / name) for name in ("tests.yml", "wheels.yml"))
     matrix = tests["jobs"]["versions"]["strategy"]["matrix"]["include"]
@@ -73,13 +73,13 @@ def test_the_tested_versions_are_others_than_the_promised_ones() -> None:
     assert {(entry["torch"], entry["python"]) for entry in matrix} == set(rows)
 
 
-def test_pre_commit_runs_something_else_than_make_lint() -> None:
+def test_pre_commit_runs_what_make_lint_runs() -> None:
     (repo,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
     assert [hook["entry"] for hook in repo["hooks"]] == [f"make {need}" for need in targets()["lint"]]
 
 
 @pytest.mark.parametrize("name", ["bug_report", "run_report"])
-def test_an_issue_form_lacks_what_github_asks_of_it(name: str) -> None:
+def test_issue_forms_have_what_github_asks_of_them(name: str) -> None:
     form = read(ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml")
     assert form["name"] and form["description"]
     ids = [field["id"] for field in form["body"]]

@@ -19,7 +19,7 @@ from extraopt.tools import environment
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_env_leaves_out_a_version() -> None:
+def test_env_has_all_versions_and_nobodys_name() -> None:
     said = dict(environment.environment())
     assert said["extraopt"] == extraopt.__version__ and said["Python"].startswith(platform.python_version())
     assert said["torch"].startswith(torch.__version__)
@@ -33,14 +33,14 @@ def test_env_leaves_out_a_version() -> None:
 
 
 @pytest.mark.parametrize("module", [native, foreach], ids=["C", "torch"])
-def test_env_names_other_kernels_than_a_cycle_uses(module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_names_the_kernels_that_a_cycle_uses(module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "supports", lambda *tensors: module is native)
     used = lists.TensorLists([torch.zeros(3)], [torch.zeros(3)], None).work[0][0]
     assert used is module
     assert dict(environment.environment())["end of a cycle on CPUs"] == environment.KERNELS[module.__name__[17:]]
 
 
-def test_a_broken_gpu_ends_env(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("CUDA error: out of memory\nand a page of advice")
 
@@ -53,7 +53,7 @@ def test_a_broken_gpu_ends_env(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said["GPU 1"] == said["end of a cycle on GPU 0"] == "fails (CUDA error: out of memory)"
 
 
-def test_env_needs_the_libraries_of_the_command_line() -> None:
+def test_env_does_without_the_libraries_of_the_command_line() -> None:
     code = """
 import sys
 sys.modules["typer"] = sys.modules["rich"] = None
@@ -67,6 +67,6 @@ main()
                                                                                   "torch"]  # fmt: skip
 
 
-def test_the_template_of_bug_reports_asks_for_something_else() -> None:
+def test_the_form_of_bug_reports_asks_for_it() -> None:
     form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug_report.yml").read_text(encoding="utf-8")
     assert "python -m extraopt env" in form
