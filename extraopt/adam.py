@@ -16,7 +16,17 @@ from torch.optim.optimizer import ParamsT
 from .hyperparameters import DEFAULTS, check_hyperparameters
 from .mixin import CycleMixin, Ending, momentum_of, unhooked_step
 from .schedule import FAR, read_counters
-from .state import all_or_nothing, check_cycle, check_group, copy_to_place, here, modernize, opaque, upgraded
+from .state import (
+    all_or_nothing,
+    check_cycle,
+    check_group,
+    copy_to_place,
+    here,
+    modernize,
+    read_numbers,
+    shielded,
+    upgraded,
+)
 
 _adamw_step = unhooked_step(AdamW)
 
@@ -121,9 +131,9 @@ class ExtraAdam(AdamW, CycleMixin):
     Shapes:
         ``state[p]`` holds AdamW's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights before the
         cycle), ``extra_estimate`` (:math:`V`; absent for the paper's rule), both of the shape, dtype, device (but for
-        ``extra_offload``) and layout of ``p``, ``extra_origin`` (int, the applied step from which its cycles are
-        counted), and ``extra_noise_cov``, ``extra_noise_var`` (float, what :math:`c` follows from). The groups hold
-        ``extra_length`` (float, what the last search found).
+        ``extra_offload``) and layout of ``p``, ``extra_origin`` (float64 [], the applied step from which its cycles are
+        counted), and ``extra_noise_cov``, ``extra_noise_var`` (float64 [], what :math:`c` follows from), these three in
+        host memory. The groups hold ``extra_length`` (float, what the last search found).
 
     Loading:
         ``load_state_dict`` takes the state of an ExtraAdam or of an AdamW. Hyperparameters come from the state, as all
@@ -237,9 +247,14 @@ class ExtraAdam(AdamW, CycleMixin):
         Raises:
             ValueError: it is of other parameters, or damaged. The optimizer is left as it was.
         """
-        with all_or_nothing(self):
-            some = any(group["extra_offload"] for group in self.param_groups)
-            super().load_state_dict(opaque(state_dict) if some else state_dict)
+        offload = any(group["extra_offload"] for group in self.param_groups)
+        # the last of the hooks: others are shown what was saved
+        hook = self.register_load_state_dict_pre_hook(lambda _, loaded: shielded(loaded, offload))
+        try:
+            with all_or_nothing(self):
+                super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose parameters start a cycle of their own at their first step.
@@ -341,13 +356,13 @@ class ExtraAdam(AdamW, CycleMixin):
             )
             return
         steps = read_counters([state["step"] for _, state in everything])
-        step_of = iter(steps)
+        counts = zip(steps, read_numbers([state for _, state in everything], "extra_origin"))
         left, due, before, ended = FAR, [], self._schedule.ended, {}
         for group, pairs in zip(self.param_groups, stepped):
             every = group["extra_every"]
             ends: list[Ending] = []
-            for (p, state), step in zip(pairs, step_of):
-                elapsed = step - state["extra_origin"]
+            for (p, state), (step, origin) in zip(pairs, counts):
+                elapsed = step - origin
                 left = min(left, every - elapsed % every)
                 if elapsed <= 0 or elapsed % every:
                     continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .extrapolation import CycleBatch, JumpReport, end_cycle
 from .schedule import Schedule
-from .state import keeps_estimate, new_anchor, new_estimate, offload
+from .state import keeps_estimate, new_anchor, new_estimate, number, offload, read_numbers, write_numbers
 from .trust import GROWTH, UNWATCHED, Length, Limits, TrustRegion
 
 
@@ -33,6 +33,19 @@ def momentum_of(group: Mapping[str, Any]) -> float:
 
 
 Ending = tuple[Tensor, dict[str, Any], int]  # a parameter, its state, its applied steps
+
+
+def _origins(ends: Sequence[Ending]) -> list[int]:
+    return read_numbers([state for _, state, _ in ends], "extra_origin")
+
+
+def _noise(ends: Sequence[Ending]) -> list[tuple[float, float]]:
+    states = [state for _, state, _ in ends]
+    if not all("extra_noise_cov" in state and "extra_noise_var" in state for state in states):
+        states = [{"extra_noise_cov": 0.0, "extra_noise_var": 0.0, **state} for state in states]
+    return list(zip(read_numbers(states, "extra_noise_cov"), read_numbers(states, "extra_noise_var")))
+
+
 _PROFILED = Optimizer.profile_hook_step(len).__code__
 
 
@@ -51,6 +64,7 @@ class CycleMixin:
 
     state: Any
     param_groups: list[dict[str, Any]]
+    _counter = "step"  # key of a parameter's applied steps
     # Both are written in place, never rebound: wrappers that take on a class share what it holds.
     _last_jump: list[JumpReport]
     _schedule: Schedule
@@ -58,7 +72,7 @@ class CycleMixin:
 
     def _forget(self) -> None:
         # Caches only, nothing here is needed for a correct resume; emptied in place where they are there already.
-        self.__dict__.setdefault("_schedule", Schedule()).forget()
+        self.__dict__.setdefault("_schedule", Schedule(self._counter)).forget()
         self.__dict__.setdefault("_last_jump", []).clear()
         if "_trust" not in self.__dict__:
             self._trust = TrustRegion()
@@ -153,14 +167,16 @@ class CycleMixin:
 
     def _join(self, fresh: dict[Tensor, dict[str, Any]]) -> None:
         for p, entries in fresh.items():
-            self.state[p].update(entries)
+            self.state[p].update({k: v if isinstance(v, Tensor) else number(v, p) for k, v in entries.items()})
 
-    def _restart(self, p: Tensor, state: dict[str, Any], every: int, step: int, taken_in: int) -> None:
-        # A new cycle begins here. The estimate goes on, so the drifts that it has taken in still count as cycles since
-        # the origin, as many as fit.
-        cycles = (step - state["extra_origin"]) // every + taken_in
-        state["extra_origin"] = max(step - cycles * every, step % every)
-        self._schedule.waiting.discard(p)
+    def _restart(self, every: int, ends: list[Ending], taken_in: int) -> None:
+        # New cycles begin here. Estimates go on, so the drifts that they have taken in still count as cycles since the
+        # origin, as many as fit.
+        cycles = [(step - origin) // every + taken_in for (_, _, step), origin in zip(ends, _origins(ends))]
+        begun = [max(step - n * every, step % every) for (_, _, step), n in zip(ends, cycles)]
+        params = [p for p, _, _ in ends]
+        write_numbers([state for _, state, _ in ends], "extra_origin", begun, params)
+        self._schedule.waiting.difference_update(params)
 
     def _batches(
         self, due: Iterable[tuple[dict[str, Any], list[Ending]]]
@@ -180,18 +196,18 @@ class CycleMixin:
                 batches[rule] = CycleBatch([], [], estimates, [], [], [], *rule), []
             batch, states = batches[rule]
             states += [state for _, state, _ in ends]
-            for p, state, step in ends:
+            for (p, state, step), origin in zip(ends, _origins(ends)):
                 if group["extra_offload"]:
                     offload(state)
                 batch.params.append(p)
                 batch.anchors.append(state["extra_anchor"])
-                batch.noise.append((state.get("extra_noise_cov", 0.0), state.get("extra_noise_var", 0.0)))
                 batch.steps.append(step)
-                batch.seen.append((step - state["extra_origin"] - 1) // every)
+                batch.seen.append((step - origin - 1) // every)
                 if batch.estimates is not None:
                     if "extra_estimate" not in state:
                         state["extra_estimate"] = new_estimate(p, group["extra_offload"])
                     batch.estimates.append(state["extra_estimate"])
+            batch.noise.extend(_noise(ends) if batch.estimates is not None else [(0.0, 0.0)] * len(ends))
         return list(batches.values())
 
     def _end(self, due: list[tuple[CycleBatch, list[dict[str, Any]]]], searching: bool = True) -> None:
@@ -218,10 +234,10 @@ class CycleMixin:
                 group["extra_length"] = length.known
         for (batch, states), outcome in zip(due, outcomes):
             if batch.estimates is not None:
-                for state, (cov, var) in zip(states, outcome.noise):
-                    state["extra_noise_cov"], state["extra_noise_var"] = cov, var
+                for key, values in zip(("extra_noise_cov", "extra_noise_var"), zip(*outcome.noise)):
+                    write_numbers(states, key, values, batch.params)
             for i in outcome.reset:
-                states[i]["extra_origin"] = batch.steps[i]
+                write_numbers([states[i]], "extra_origin", [batch.steps[i]], [batch.params[i]])
         self._trust.watch.release()
 
     def _phases_changed(self) -> None:
@@ -250,11 +266,10 @@ class CycleMixin:
         begun = []
         for group, ends in self._anchored_steps():
             every = group["extra_every"]
-            begun.append((group, [end for end in ends if (end[2] - end[1]["extra_origin"]) % every]))
+            begun.append((group, [end for end, origin in zip(ends, _origins(ends)) if (end[2] - origin) % every]))
         batches = self._batches(begun)
         for group, ends in begun:
-            for p, state, step in ends:
-                self._restart(p, state, group["extra_every"], step, taken_in=1)
+            self._restart(group["extra_every"], ends, taken_in=1)
         self._phases_changed()
         if not batches:
             return None
@@ -269,7 +284,7 @@ class CycleMixin:
         the next jump extrapolates across the edit. The drift estimate is kept; the gate judges whether it still holds.
         """
         for group, ends in self._anchored_steps():
-            for p, state, step in ends:
+            for p, state, _ in ends:
                 state["extra_anchor"].copy_(p)
-                self._restart(p, state, group["extra_every"], step, taken_in=0)
+            self._restart(group["extra_every"], ends, taken_in=0)
         self._phases_changed()

@@ -40,7 +40,8 @@ class Schedule:
         tables: the kernels' tables of each batch of tensors, kept from one end of a cycle to the next.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counter: str = "step") -> None:
+        self._counter = counter  # key of a parameter's applied steps
         self.forget()
 
     def forget(self) -> None:
@@ -88,11 +89,11 @@ class Schedule:
         if self._left <= 1:
             return False
         if self._first is not None:
-            counter, before = self._first[0].get("step"), self._first[1]
+            counter, before = self._first[0].get(self._counter), self._first[1]
             if counter is None:
                 return False
             # reading it on a CPU is free, and notices edits from outside
-            if counter.is_cpu and not 0 <= int(counter) - before <= self._calls:
+            if getattr(counter, "is_cpu", True) and not 0 <= int(counter) - before <= self._calls:
                 return False
         return self.unchanged(groups, state)
 
@@ -104,10 +105,13 @@ class Schedule:
             and self._settings == _settings(groups)
             and sum(len(group["params"]) for group in groups) == len(self.params)
             and all(map(is_, chain.from_iterable(group["params"] for group in groups), self.params))
-            and len(state) == len(self._states)
-            and all(map(is_, state.values(), self._states))
+            and self.holds(state)
             and all(p.grad is None for p in self._idle)
         )
+
+    def holds(self, state: Mapping[Any, Any]) -> bool:
+        """Whether the states are those that were there when counters were last read."""
+        return len(state) == len(self._states) and all(map(is_, state.values(), self._states))
 
     @property
     def near(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,8 @@ from .gate import plain_noise
 from .hyperparameters import MAX_COUNT
 
 TENSORS = {"extra_anchor", "extra_estimate"}
+COUNTS = {"extra_origin", "extra_step"}
+NUMBERS = {"extra_noise_cov", "extra_noise_var"} | COUNTS
 
 # what torch and Python raise over a state that is none
 MALFORMED = TypeError, KeyError, IndexError, AttributeError, OverflowError, AssertionError, RecursionError
@@ -37,6 +40,59 @@ def new_estimate(p: Tensor, offload: bool = False) -> Tensor:
     if offload and p.is_cuda:
         return to_host(p.detach()).zero_()
     return torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def number(value: float, p: Tensor) -> Tensor | float:
+    """A number as an entry of the state of `p`: a 0-dim tensor in host memory, as AdamW's own `step`, exact to 2**53.
+
+    Who prunes or moves a parameter maps over the entries of its state as over tensors. Only what DeepSpeed steps, flat
+    partitions that are no Parameters, keeps plain numbers: its converter of checkpoints cuts all tensors but `step`.
+    """
+    if type(p) is Tensor and _deepspeed_runs():
+        return value
+    return torch.full((), value, dtype=torch.float64, device="cpu")
+
+
+def _deepspeed_runs() -> bool:
+    comm = getattr(sys.modules.get("deepspeed"), "comm", None)
+    return comm is not None and bool(comm.is_initialized())
+
+
+def read_numbers(states: Sequence[dict[str, Any]], key: str) -> list[Any]:
+    """An entry of each of these states, as int or float.
+
+    What a trainer took to a device, as some do with all tensors of a state, comes back in one transfer, and stays.
+    """
+    entries = [state[key] for state in states]
+    kind = int if key in COUNTS else float
+    if set(map(type, entries)) == {Tensor} and all(map(Tensor.is_cpu.__get__, entries)):  # type: ignore[attr-defined]
+        return list(map(kind, map(Tensor.item, entries)))
+    away = [i for i, entry in enumerate(entries) if isinstance(entry, Tensor) and not entry.is_cpu]
+    if away:
+        there = torch.stack([entries[i].to(entries[away[0]].device) for i in away]).cpu()
+        for i, entry in zip(away, there.unbind()):
+            states[i][key] = entries[i] = entry.clone()
+    return list(map(kind, entries))
+
+
+def write_numbers(
+    states: Iterable[dict[str, Any]], key: str, values: Iterable[float], params: Iterable[Tensor]
+) -> None:
+    """Set an entry of the state of each parameter, in place where it is there: a compiled step knows that tensor."""
+    for state, value, p in zip(states, values, params):
+        entry = state.get(key)
+        if isinstance(entry, Tensor):
+            entry.fill_(value)
+        else:
+            state[key] = number(value, p)
+
+
+def _plain(key: str, entry: Any) -> Any:
+    """A loaded number as int or float; what is none stays."""
+    if not isinstance(entry, Tensor) or entry.numel() != 1 or entry.is_complex():
+        return entry
+    value = entry.item()
+    return int(value) if key in COUNTS and is_number(value) and value % 1 == 0 else value
 
 
 def to_host(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -76,10 +132,20 @@ class Opaque:
         self.tensor = tensor
 
 
-def opaque(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict whose anchors and estimates stay where they are: the device may not have room for all of them."""
+def shielded(state_dict: dict[str, Any], offload: bool) -> dict[str, Any]:
+    """A state dict as torch's load_state_dict may have it, which brings tensors to their parameters' dtype and device.
+
+    In bfloat16 a count of 1001 is 1000, so that numbers must be plain. The device may not have room for all anchors
+    and estimates, so that they are hidden from it with `offload`.
+    """
+
+    def entry(key: str, value: Any) -> Any:
+        if key in NUMBERS:
+            return _plain(key, value)
+        return Opaque(value) if offload and key in TENSORS and isinstance(value, Tensor) else value
+
     state = {
-        key: {k: Opaque(v) if k in TENSORS and isinstance(v, Tensor) else v for k, v in entries.items()}
+        key: {k: entry(k, v) for k, v in entries.items()} if isinstance(entries, dict) else entries
         for key, entries in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
@@ -125,6 +191,8 @@ def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> No
     for key in TENSORS & state.keys():
         if isinstance(state[key], Opaque):
             state[key] = state[key].tensor
+    for key in NUMBERS & state.keys():
+        state[key] = _plain(key, state[key])
     for key in TENSORS & state.keys():
         _check_like(state[key], p, f"{key} of {name}")
     step, origin = state.get(counter), state.get("extra_origin", 0)
@@ -139,6 +207,8 @@ def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> No
     if step is None or not {"extra_anchor", "extra_origin"} <= state.keys() or origin < 0:
         for key in ("extra_anchor", "extra_origin", "extra_step"):
             state.pop(key, None)
+    for key in NUMBERS & state.keys():
+        state[key] = number(state[key], p)
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from .adam import ExtraAdam
 from .hyperparameters import DEFAULTS, check_hyperparameters
 from .mixin import CycleMixin, Ending, learning_rate_is_zero, momentum_of, unhooked_step
+from .schedule import FAR, Stepped
 from .state import (
     all_or_nothing,
     check_cycle,
@@ -23,7 +24,9 @@ from .state import (
     here,
     modernize,
     new_anchor,
-    opaque,
+    number,
+    read_numbers,
+    shielded,
     upgraded,
 )
 
@@ -57,9 +60,10 @@ class Extra(Optimizer, CycleMixin):
     Shapes:
         ``state[p]`` holds the base optimizer's entries and, where ``extra_steps > 0``, ``extra_anchor`` (the weights
         before the cycle), ``extra_estimate`` (:math:`V`; absent for the paper's rule), both of the shape, dtype, device
-        (but for ``extra_offload``) and layout of ``p``, ``extra_step`` (int, applied steps: calls of ``step`` in which
-        ``p`` had a gradient), ``extra_origin`` (int, the applied step from which cycles are counted),
-        ``extra_noise_cov`` and ``extra_noise_var`` (float); its groups hold ``extra_length``.
+        (but for ``extra_offload``) and layout of ``p``, ``extra_step`` (float64 [], applied steps: calls of ``step`` in
+        which ``p`` had a gradient), ``extra_origin`` (float64 [], the applied step from which cycles are counted),
+        ``extra_noise_cov`` and ``extra_noise_var`` (float64 []), these four in host memory; its groups hold
+        ``extra_length``.
 
     Loading:
         ``load_state_dict`` takes the state of an Extra around the same kind of optimizer, or of that optimizer alone.
@@ -147,6 +151,7 @@ class Extra(Optimizer, CycleMixin):
         # not torch's constructor, which would set up groups and state that are there already
         self.__setstate__({"base_optimizer": base_optimizer})
 
+    _counter = "extra_step"
     base_optimizer: Optimizer
     defaults = _of_base("defaults")
     state = _of_base("state")
@@ -206,8 +211,7 @@ class Extra(Optimizer, CycleMixin):
         own = self.param_groups
         with all_or_nothing(self):
             # the base's own method: 8-bit optimizers know which of their tensors must not be cast
-            some = any(group["extra_offload"] for group in own)
-            self.base_optimizer.load_state_dict(opaque(state_dict) if some else state_dict)
+            self.base_optimizer.load_state_dict(shielded(state_dict, any(group["extra_offload"] for group in own)))
             for i, (group, old) in enumerate(zip(self.param_groups, own)):
                 for p in group["params"]:
                     counter = "extra_step" if "extra_step" in self.state.get(p, ()) else "step"
@@ -249,31 +253,57 @@ class Extra(Optimizer, CycleMixin):
 
         stepped = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         self._refuse_capture(stepped)
+        schedule = self._schedule
+        quiet = schedule.quiet(self.param_groups, self.state)
         with torch.no_grad():
-            fresh = self._begin_cycles(stepped)
+            known = quiet or schedule.unchanged(self.param_groups, self.state)
+            fresh = {} if known else self._begin_cycles(stepped)
         # a scheduler that was made for the base would warn that it never steps
         self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
         unhooked_step(type(self.base_optimizer))(self.base_optimizer)
         self._join(fresh)
+        with torch.no_grad():
+            if known and schedule.holds(self.state):
+                pairs = [[pair for pair in pairs if pair[0].grad is not None] for pairs in schedule.stepped]
+            else:
+                every = ([(p, self.state.get(p, {})) for p in params] for params in stepped)
+                pairs, quiet = [[pair for pair in own if "extra_anchor" in pair[1]] for own in every], False
+            self._count(pairs)
+            if quiet:
+                schedule.count()
+            else:
+                self._end_due_cycles(pairs)
+        self._trust.watch.armed = schedule.near
+        return loss
 
-        due, near = [], False
-        for group, params in zip(self.param_groups, stepped):
-            ends: list[Ending] = []
-            for p in params:
-                state = self.state.get(p, {})
-                if "extra_anchor" not in state:
-                    continue
+    def _count(self, moved: list[list[Stepped]]) -> None:
+        """One more applied step of these parameters."""
+        states = [state for pairs in moved for _, state in pairs]
+        counters = [state["extra_step"] for state in states]
+        if counters and set(map(type, counters)) == {Tensor}:
+            torch._foreach_add_(counters, 1.0)  # by 1 it takes twice as long
+        else:  # plain numbers among them
+            for state in states:
                 state["extra_step"] += 1
-                elapsed = state["extra_step"] - state["extra_origin"]
-                near |= (elapsed + 1) % group["extra_every"] == 0
-                if elapsed % group["extra_every"] == 0:
-                    ends.append((p, state, state["extra_step"]))
+
+    def _end_due_cycles(self, moved: list[list[Stepped]]) -> None:
+        states = [state for pairs in moved for _, state in pairs]
+        steps = read_numbers(states, "extra_step")
+        counts = zip(steps, read_numbers(states, "extra_origin"))
+        left, due = FAR, []
+        for group, pairs in zip(self.param_groups, moved):
+            every = group["extra_every"]
+            ends: list[Ending] = []
+            for (p, state), (step, origin) in zip(pairs, counts):
+                elapsed = step - origin
+                left = min(left, every - elapsed % every)
+                if elapsed % every == 0:
+                    ends.append((p, state, step))
             due.append((group, ends))
         batches = self._batches(due)
         if batches:
             self._end(batches)
-        self._trust.watch.armed = near
-        return loss
+        self._schedule.keep(self.param_groups, self.state, left, moved, steps[0] if steps else 0)
 
     def _refuse_capture(self, stepped: list[list[Tensor]]) -> None:
         for group, params in zip(self.param_groups, stepped):
@@ -289,7 +319,7 @@ class Extra(Optimizer, CycleMixin):
             if "extra_anchor" in fresh.get(p, ()):
                 fresh[p]["extra_step"] = fresh[p]["extra_origin"]
             elif "extra_anchor" in self.state.get(p, ()) and "extra_step" not in self.state[p]:
-                self.state[p]["extra_step"] = int(self.state[p]["step"])  # from an ExtraAdam
+                self.state[p]["extra_step"] = number(int(self.state[p]["step"]), p)  # from an ExtraAdam
         return fresh
 
     def _applied_steps(self, p: Tensor) -> int:
@@ -314,4 +344,5 @@ class Extra(Optimizer, CycleMixin):
                     "The weights are an average while the optimizer is in eval mode: call train() first."
                 )
             if params:
-                yield group, [(p, self.state[p], self.state[p]["extra_step"]) for p in params]
+                states = [self.state[p] for p in params]
+                yield group, list(zip(params, states, read_numbers(states, "extra_step")))

@@ -28,6 +28,7 @@ Check = Callable[[Make], None]
 EVERY, STEPS = 3, 15
 HYPERPARAMETERS: dict[str, Any] = {"extra_every": EVERY, "extra_steps": STEPS, "extra_kl": None, "lr": 0.01}
 SHAPES = ((4, 3), (5,), (), (0,))
+NUMBERS = {"extra_origin", "extra_step", "extra_noise_cov", "extra_noise_var"}  # in a parameter's state
 CHECKS: dict[str, Check] = {}
 
 
@@ -452,12 +453,13 @@ def state_has_the_form_of_its_parameter_from_step_1(make: Make) -> None:
     assert keys == [set(optimizer.state[p]) for p in params], "keys made after step 1"
     for p in params:
         for key, value in optimizer.state[p].items():
-            if isinstance(value, Tensor) and key != "step":
+            assert isinstance(value, Tensor), f"who prunes a parameter asks {key} for its shape"
+            if key in NUMBERS:
+                assert value.shape == () and value.is_cpu, f"to read {key} waits for the device"
+            elif key != "step":
                 theirs = value.shape, value.dtype, value.device, value.layout, value.requires_grad
                 assert theirs == (p.shape, p.dtype, p.device, p.layout, False), key
                 assert value.stride() == torch.empty_like(p).stride(), key
-            else:
-                assert isinstance(value, (Tensor, int, float)), (key, type(value))
 
 
 @contract

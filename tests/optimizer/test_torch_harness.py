@@ -353,10 +353,8 @@ class TestTorchHarness(TestCase):
                 tracker.pop_check_set(q, self)
                 self.assertEqual(first.state[p].keys(), second.state[q].keys())
                 for key, value in first.state[p].items():
-                    if not torch.is_tensor(value):
-                        # a gate may be another by half precision's roundings, and so how much of the drift is taken in
-                        if not key.startswith("extra_noise_") or p.dtype.itemsize > 2:
-                            self.assertEqual(value, second.state[q][key])
+                    # a gate may be another by half precision's roundings, and so how much of the drift is taken in
+                    if key.startswith("extra_noise_") and p.dtype.itemsize <= 2:
                         continue
                     if key == "step" and assert_step_dtype is not None:
                         self.assertEqual(value.dtype, assert_step_dtype)
