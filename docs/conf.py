@@ -19,18 +19,20 @@ exclude_patterns = ["_ext"]
 
 default_role = "literal"
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 autodoc_default_options = {"show-inheritance": True}
 napoleon_custom_sections = ["Shapes", "Loading", "Source"]
 napoleon_use_rtype = False
 
+html_title = "extraopt"  # a longer one leaves no room for the buttons on a phone
 html_theme = "pydata_sphinx_theme"
 html_static_path = ["_static"]
 html_css_files = ["extraopt.css"]
 html_math_renderer = "mathml"
 html_show_sourcelink = False
 html_theme_options = {
-    "show_prev_next": True,
+    "show_prev_next": False,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],

@@ -15,7 +15,10 @@ def to_mathml(tex: str) -> str:
     tex = re.sub(r"\\bf\s*\{", r"\\textbf{", tex).replace("&", "")
     # the converter has no names of operators: it would set each letter apart
     tex = re.sub(r"\\(?:mathrm|operatorname)\{(\w+)\}", r"\\text{\1}", tex)
-    return convert(tex).replace(r"\_", "_")
+    made = convert(tex).replace(r"\_", "_")
+    # single letters are set in italics by the style sheet: browsers' own would need a mathematical font
+    made = re.sub(r"<mi>(\w{2,})</mi>", r'<mi class="word">\1</mi>', made)
+    return made.replace('<mtext mathvariant="bold">', '<mtext class="bold">')
 
 
 def to_lines(tex: str) -> list[str]:
