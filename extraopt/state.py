@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .gate import plain_noise
 from .hyperparameters import MAX_COUNT
+from .trust import UNWATCHED
 
 TENSORS = {"extra_anchor", "extra_estimate"}
 COUNTS = {"extra_origin", "extra_step"}
@@ -212,14 +213,14 @@ def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> No
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Check a group's length, what the last search of the trust region found; give it one where it has none.
+    """Check a group's length, what the last search of the trust region found; where there was none, as if unwatched.
 
     From the start: torch.distributed.checkpoint reads only what a fresh optimizer has.
 
     Raises:
         ValueError: it is no positive number.
     """
-    length = group.setdefault("extra_length", group["extra_every"] / 2)
+    length = group.setdefault("extra_length", UNWATCHED)
     if not is_number(length) or length <= 0:
         raise ValueError(f"Invalid extra_length: {length!r:.80}. It must be a finite number > 0.")
     group["extra_length"] = float(length)

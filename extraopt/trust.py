@@ -20,7 +20,7 @@ GROWTH = 2.0  # of the last length, up to which the next is looked for
 OPEN = 0.25  # gate from which on a length may grow: where gates are shut any length changes nothing, and says nothing
 LEAST = 1.0  # step: no search starts from less
 PLAUSIBLE = 0.01  # probability of a token from which on its fall counts
-UNWATCHED = 20.0  # steps: the longest jump where no model can be watched
+UNWATCHED = 20.0  # steps: the longest jump where no model can be watched; the first search starts from twice of it
 CHUNK_BYTES = 1 << 25  # of float32 logits that are compared at a time
 
 

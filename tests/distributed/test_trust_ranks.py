@@ -134,16 +134,16 @@ def rank_ddp(rank: int, kind: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("kind", ["equal", "unequal", "no label"])
-def test_ddp_ranks_jump_apart(ranks: Ranks, kind: str) -> None:
+def test_ddp_ranks_jump_together(ranks: Ranks, kind: str) -> None:
     """Each has inputs of its own, of another size, or nothing to look at."""
     first, second = ranks.run(rank_ddp, kind)
     assert first[:5] == second[:5] and not first[5] + second[5]
     assert all(length > 0 for length in first[2]) and all(0 < kl <= 0.02 for kl in first[3])
-    assert first[4] == [2, 2, 2]
+    assert all(2 <= passes <= 4 for passes in first[4])
 
 
 @pytest.mark.parametrize("kind", ["fails", "fails at a trial"])
-def test_a_trial_that_fails_on_one_ddp_rank_leaves_the_others_waiting(ranks: Ranks, kind: str) -> None:
+def test_a_trial_that_fails_on_one_ddp_rank_fails_on_all(ranks: Ranks, kind: str) -> None:
     """None jumps, and the next cycle goes on."""
     first, second = ranks.run(rank_ddp, kind)
     assert first[:4] == second[:4] or str(first[:4]) == str(second[:4])
@@ -152,7 +152,7 @@ def test_a_trial_that_fails_on_one_ddp_rank_leaves_the_others_waiting(ranks: Ran
         assert len(caught) == 1 and "a jump was left out, since" in caught[0]
 
 
-def test_ddp_ranks_jump_apart_where_one_gives_no_logits(ranks: Ranks) -> None:
+def test_ddp_ranks_jump_together_where_one_gives_no_logits(ranks: Ranks) -> None:
     """All are short from then on, and the warning of the one says why."""
     first, second = ranks.run(rank_ddp, "no logits")
     assert str(first[:4]) == str(second[:4]) and first[2] == [20, 20, 20]
@@ -222,7 +222,7 @@ def rank_fsdp(rank: int, mixed: bool, looked: bool) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("looked", [False, True], ids=["trains", "evaluates, too"])
-def test_fsdp_ranks_compute_with_the_weights_of_a_trial(ranks: Ranks, looked: bool) -> None:
+def test_fsdp_ranks_compute_with_none_of_a_trials_weights_afterwards(ranks: Ranks, looked: bool) -> None:
     """FSDP2's root keeps what it has gathered: a later trial, and the next training pass, would be of old weights."""
     first, second = ranks.run(rank_fsdp, False, looked)
     assert first[:2] == second[:2]
@@ -233,7 +233,7 @@ def test_fsdp_ranks_compute_with_the_weights_of_a_trial(ranks: Ranks, looked: bo
     assert sharded["passes"] == alone["passes"] and not sharded["warnings"]
 
 
-def test_fsdp_ranks_in_mixed_precision_jump_apart(ranks: Ranks) -> None:
+def test_fsdp_ranks_in_mixed_precision_jump_together(ranks: Ranks) -> None:
     first, second = ranks.run(rank_fsdp, True, False)
     assert first[:2] == second[:2] and not first[2]["warnings"]
     assert all(length > 0 for length in first[2]["lengths"]) and all(0 < kl <= 0.02 for kl in first[2]["kls"])
@@ -264,7 +264,7 @@ def rank_fsdp_fails(rank: int) -> bool:
     return failed and all(same)
 
 
-def test_a_trial_that_fails_under_fsdp_leaves_gathered_weights(ranks: Ranks) -> None:
+def test_a_trial_that_fails_under_fsdp_leaves_no_gathered_weights(ranks: Ranks) -> None:
     assert ranks.run(rank_fsdp_fails) == [True, True]
 
 
@@ -278,7 +278,7 @@ def rank_unknown(rank: int, told: bool) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_nobody_knows_which_ranks_train_this_model(ranks: Ranks, told: bool) -> None:
+def test_a_group_that_is_not_known_is_asked_for(ranks: Ranks, told: bool) -> None:
     first, second = ranks.run(rank_unknown, told)
     assert str(first) == str(second)
     if told:
@@ -296,7 +296,7 @@ def rank_fsdp1(rank: int) -> tuple[list[float], list[str]]:
     return seen.lengths, seen.warnings
 
 
-def test_fsdp1_is_watched_or_refused_without_a_word(ranks: Ranks) -> None:
+def test_fsdp1_is_refused_in_words(ranks: Ranks) -> None:
     for lengths, caught in ranks.run(rank_fsdp1):
         assert lengths == [20, 20, 20]
         assert len(caught) == 1 and "FSDP1 keeps its gathered weights" in caught[0] and "use FSDP2" in caught[0]
@@ -321,7 +321,7 @@ def rank_apart(rank: int) -> tuple[Any, ...]:
     return str(seen.reports), weights(model), seen.lengths, seen.kls
 
 
-def test_a_rank_without_inputs_leaves_the_others_waiting(ranks: Ranks) -> None:
+def test_a_rank_without_inputs_keeps_no_other_waiting(ranks: Ranks) -> None:
     """No longer jump than the last one is taken by any of them."""
     first, second = ranks.run(rank_apart)
     assert str(first) == str(second) and WORLD == 2

@@ -67,7 +67,7 @@ class Group:
     known: float = 0.0  # extra_length
 
     def __post_init__(self) -> None:
-        self.known = self.every / 2
+        self.known = UNWATCHED
 
     @property
     def every(self) -> int:
@@ -685,7 +685,7 @@ class Run(RuleBasedStateMachine):
             track.anchor, track.estimate, track.noise = None, None, (0.0, 0.0)
             track.cycles = track.since = 0
         for group in self.model.groups:
-            group.known = group.every / 2
+            group.known = UNWATCHED
         self.model.last = None
         self.check()
 
