@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 RETREAT = 0.5  # part of its drift that a tensor takes back where its gate is shut: Lookahead with alpha = 1 - RETREAT
+NEWEST = 2.0  # power of a gate: the weight at least of the newest drift in the estimate
 LARGE = 0.01  # a drift as a part of its weights; of what is smaller the retreat is in proportion less
 
 

@@ -3,6 +3,7 @@
     python benchmarks/rlvr/compare.py --quick                                  # a look, under 5 minutes
     python benchmarks/rlvr/compare.py --json benchmarks/results/rlvr.json      # all of it: hours
     python benchmarks/rlvr/compare.py --held-out --json benchmarks/results/rlvr-held-out.json
+    python benchmarks/rlvr/compare.py --ablate --json benchmarks/results/rlvr-ablations.json
 
 The grid, the seeds, the budget of steps and what counts as collapsed are fixed below. No run is stopped early. Each run
 is written to FILE as it ends, and runs that FILE has from the same code are not repeated: a comparison that was cut off
@@ -49,7 +50,7 @@ def _hash(path: Path) -> str:
 
 SAME_RUNS = {"431b3a860325": "a1c2fe42f2bb"}  # versions of lab.py whose runs are those of an older one, bit for bit
 LAB = SAME_RUNS.get(_hash(Path(lab.__file__)), _hash(Path(lab.__file__)))
-RULE = 5  # raise it when the rule or its defaults change: then ExtraAdam's runs are made anew
+RULE = 6  # raise it when the rule or its defaults change: then ExtraAdam's runs are made anew
 
 
 def code(name: str) -> str:
@@ -67,6 +68,7 @@ STRONG = (
 )
 MORE = ("RL-Extra (100,100) kept", "RL-Extra (100,100) reset", "Outer Nesterov (0.7,0.5)", "EMA")
 LONG = ("RL-Extra (300,300) kept", "RL-Extra (300,300) reset")
+NEWER = ("AdEMAMix", "KL-adapted", "EMA-Nesterov (0.99,0.5,400)")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,39 @@ CELLS = (
     Cell("spell_backward", "GRPO", 512, "full", 160, (3e-5, 1e-4, 3e-4), STRONG, (3e-4,)),
     Cell("near_zero", "GRPO", 512, "full", 160, (1e-4, 3e-4, 1e-3), STRONG, (3e-4,)),
     Cell("supervised", "cross-entropy", 64, "full", 400, (1e-4, 3e-4, 1e-3, 3e-3), STRONG + MORE + LONG, (3e-4, 1e-3)),
+)
+# the rule with one thing changed; what stands before "=" with a dot is a constant of the package
+ABLATIONS = (
+    "ExtraAdam",
+    "ExtraAdam extra_gate=None",
+    "ExtraAdam gate.RETREAT=0",
+    "ExtraAdam gate.NEWEST=99",
+    "ExtraAdam extra_beta=0.8",
+    "ExtraAdam extra_beta=0.95",
+    "ExtraAdam extra_every=5",
+    "ExtraAdam extra_every=20",
+    "ExtraAdam extra_steps=100",
+    "ExtraAdam extra_steps=200",
+    "ExtraAdam trust.OPEN=0",
+    "ExtraAdam trust.OPEN=0.5",
+    "ExtraAdam trust.GROWTH=4",
+    "ExtraAdam trust.PLAUSIBLE=0.001",
+    "ExtraAdam extra_kl=0.005",
+    "ExtraAdam extra_kl=0.05",
+    "ExtraAdam extra_fall=0.1",
+    "ExtraAdam extra_fall=0.2",
+    "ExtraAdam extra_fall=0.5",
+    "ExtraAdam extra_fall=10",
+    "ExtraAdam extra_watch=False",
+)
+ABLATED = (
+    Cell("addition", "GRPO", 64, "full", 400, (), ABLATIONS, (1e-5, 3e-4)),
+    Cell("addition", "GRPO", 512, "full", 240, (), ABLATIONS, (3e-5, 3e-4)),
+)
+# where RLVR is done: learning rates at which AdamW is far from its end when a budget of this kind is used up
+SLOW = (
+    Cell("addition", "GRPO", 64, "full", 1500, (3e-6, 1e-5), (), ()),
+    Cell("addition", "GRPO", 512, "full", 1500, (1e-5, 3e-5), (), ()),
 )
 QUICK = (
     Cell("addition", "GRPO", 64, "full", 100, (1e-4,), ("Outer Nesterov (0.7,0.9)", "RL-Extra (20,100) kept"), (1e-4,)),
@@ -174,7 +209,7 @@ def runs(cells: tuple[Cell, ...], seeds: tuple[int, ...]) -> list[Run]:
         (cell, name, lr)
         for cell in cells
         for name in cell.peers
-        for lr in (cell.peer_lrs if name in STRONG else cell.peer_lrs[-1:])
+        for lr in (cell.peer_lrs if name in STRONG + ABLATIONS else cell.peer_lrs[-1:])
     ]
     return [(*run, seed) for group in (ours, theirs) for seed in seeds for run in group]
 
@@ -226,11 +261,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two short cells, one seed")
     parser.add_argument("--held-out", action="store_true", help="all cells without peers, on two new seeds")
+    parser.add_argument("--ablate", action="store_true", help="the rule with one thing changed, on four cells")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
-    cells, seeds = (QUICK, SEEDS[:1]) if args.quick else (CELLS, SEEDS)
+    cells, seeds = (QUICK, SEEDS[:1]) if args.quick else (CELLS + SLOW, SEEDS)
+    if args.ablate:
+        cells, seeds = ABLATED, SEEDS[:3]
     if args.held_out:
         cells, seeds = tuple(replace(cell, peers=()) for cell in cells), HELD_OUT
     grid = {_key(*r): r for r in runs(cells, seeds)}

@@ -16,13 +16,16 @@ from typing import Any
 
 Row = dict[str, Any]
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+LONG = 400  # steps; longer budgets are cells of their own
+GAIN = 0.8  # part of AdamW's gain in accuracy, for the bars
 BEGIN, END = "<!-- made by benchmarks/rlvr/report.py -->", "<!-- end -->"
 
 
 def name_of(row: Row) -> str:
     """The cell a row belongs to, in words."""
     s = row["settings"]
-    return f"{row['task']}, {row['algorithm']}, {s['rollouts']} a step, {s['tuning']}"
+    long = f", {s['steps']} steps" if s["steps"] > LONG else ""
+    return f"{row['task']}, {row['algorithm']}, {s['rollouts']} a step, {s['tuning']}{long}"
 
 
 def smooth(curve: list[list[float]]) -> list[tuple[float, float]]:
@@ -54,6 +57,18 @@ def speedup(theirs: list[Row], ours: list[Row]) -> list[float]:
         for row in theirs
         if row["seed"] in by_seed
     ]
+
+
+def sooner(theirs: list[Row], ours: list[Row]) -> float:
+    """Their steps to `GAIN` of their own gain over ours to the same accuracy: median over seeds, 0 if not reached."""
+    by_seed = {row["seed"]: row for row in ours}
+    ratios = []
+    for row in theirs:
+        start = row["curve"][0][1]
+        if row["seed"] in by_seed and final(row) > start:
+            target = start + GAIN * (final(row) - start)
+            ratios.append(max(steps_to(row, target), 1) / max(steps_to(by_seed[row["seed"]], target), 1))
+    return statistics.median(ratios) if ratios else math.nan
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -162,6 +177,46 @@ def summary(cells: list[Cell]) -> str:
     return _table([header[i] for i in shown], [[line[i] for i in shown] for line in lines])
 
 
+def _over_cells(values: dict[str, float]) -> list[str]:
+    """Geometric mean, the range, how many."""
+    if not values:
+        return ["-", "", "0"]
+    reached = [v for v in values.values() if v > 0]
+    missed = f", {len(values) - len(reached)} not reached" if len(reached) < len(values) else ""
+    return [f"{geometric_mean(reached):.2f}x", f"{min(reached):.2f} to {max(reached):.2f}{missed}", f"{len(values)}"]
+
+
+def bars(cells: list[Cell]) -> str:
+    """What to expect at which learning rate: real steps to `GAIN` of a reference's gain, theirs over ExtraAdam's."""
+    full = [c for c in cells if c.name.split(", ")[3] == "full" and not c.name.startswith("supervised")]
+    short, long = ([c for c in full if ("steps" in c.name) == is_long] for is_long in (False, True))
+    tenth, same, default, best, peer = ({} for _ in range(5))
+    for c in short:
+        adamw, ours, top = c.rows["AdamW"], c.rows["ExtraAdam"], c.best_lr("AdamW")
+        ratios = [sooner(adamw[lr], ours[lr]) for lr in adamw if top / 10.5 <= lr <= top and lr in ours]
+        same[c.name] = geometric_mean(ratios)
+        low = [lr for lr in adamw if top / 10.5 <= lr <= top / 9.5 and lr in ours]
+        if low:
+            tenth[c.name] = sooner(adamw[low[0]], ours[low[0]])
+            default[c.name] = sooner(adamw[top], ours[low[0]])
+        best[c.name] = max(sooner(adamw[top], rows) for rows in ours.values())
+        if c.peers:
+            rival = c.best_peer()
+            peer[c.name] = max(sooner(c.rows[rival][c.best_lr(rival)], rows) for rows in ours.values())
+    lines = [
+        ["a tenth of AdamW's best learning rate, AdamW at the same", *_over_cells(tenth)],
+        ["from a tenth of the best to the best, AdamW at the same", *_over_cells(same)],
+        ["a tenth of the best, AdamW at its best", *_over_cells(default)],
+        ["any learning rate, AdamW at its best", *_over_cells(best)],
+        ["any learning rate, the best peer at its best", *_over_cells(peer)],
+    ]
+    for c in long:
+        for lr in sorted(c.rows["ExtraAdam"]):
+            ratio = {c.name: sooner(c.rows["AdamW"][lr], c.rows["ExtraAdam"][lr])}
+            lines.append([f"{c.name}, {lr:g}, AdamW at the same", *_over_cells(ratio)])
+    return _table(["learning rate", "speed", "over cells", "cells"], lines)
+
+
 def details(cell: Cell) -> str:
     """Every optimizer at every learning rate: end, mean, steps to fixed accuracies, collapsed runs, seconds."""
     marks = [m for m in (0.1, 0.3, 0.5, 0.7, 0.9) if m > cell.base][:3]
@@ -251,17 +306,17 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="put the summary into docs/results.md")
     args = parser.parse_args()
     cells = read(args.results)
-    text = "\n\n".join(["# The comparison, cell by cell", summary(cells), *map(details, cells)]) + "\n"
+    text = "\n\n".join(["# The comparison, cell by cell", summary(cells), bars(cells), *map(details, cells)]) + "\n"
     args.results.with_suffix(".md").write_text(text)
     folder = args.results.with_suffix("")
     folder.mkdir(exist_ok=True)
     for i, cell in enumerate(cells):
         picture(cell, folder / f"{i}-{cell.name.split(',')[0]}.png")
     overview(cells, folder / "overview.png")
-    print(summary(cells))
+    print(summary(cells), bars(cells), sep="\n\n")
     if args.page:
         before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{summary(cells)}\n{END}{rest.partition(END)[2]}")
+        PAGE.write_text(f"{before}{BEGIN}\n{summary(cells)}\n\n{bars(cells)}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":
