@@ -83,15 +83,15 @@ class Positions:
             self._cut = False
         return kept
 
-    def rows(self, output: Any) -> Tensor:
-        """The rows that count, of what the model returned: [R, V].
+    def rows(self, output: Any) -> tuple[Tensor, Tensor]:
+        """The logits that the model returned, [P, V], and which of its rows count, int64 [R]: a copy would be large.
 
         Raises:
             Unusable: it holds no logits.
         """
         if self._logits is not None:
             given = self._logits(output)
-            return given.reshape(-1, given.shape[-1])[: max(1, LOGITS_BYTES // (4 * given.shape[-1]))]
+            return _all(given.reshape(-1, given.shape[-1])[: max(1, LOGITS_BYTES // (4 * given.shape[-1]))])
         logits: Any = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise Unusable("its output has no `.logits`: give watch(model, logits=...) a function that makes them")
@@ -107,15 +107,19 @@ class Positions:
                 "that makes logits of the output"
             )
         if logits.dim() != 3 or self._valid is None or self._columns is None:
-            return logits.reshape(-1, logits.shape[-1])
-        valid = self._valid[:, self._columns]
+            return _all(logits.reshape(-1, logits.shape[-1]))
+        rows, columns = self._valid[:, self._columns].nonzero().unbind(1)
         if not self._cut or logits.shape[1] != len(self._columns):
             # virtual tokens of prompt tuning come first, and make the logits longer than the tokens
             first = logits.shape[1] - self._valid.shape[1]
             if first < 0:
                 raise Unusable("it returned logits of fewer positions than it was given tokens")
-            logits = logits[:, self._columns + first]
-        return torch.as_tensor(logits[valid])
+            columns = self._columns[columns] + first
+        return logits.reshape(-1, logits.shape[-1]), rows * logits.shape[1] + columns
+
+
+def _all(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return logits, torch.arange(len(logits), device=logits.device)
 
 
 def _accepted(model: nn.Module) -> Callable[..., bool]:

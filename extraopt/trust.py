@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ OPEN = 0.25  # gate from which on a length may grow: where gates are shut any le
 LEAST = 1.0  # step: no search starts from less
 PLAUSIBLE = 0.01  # probability of a token from which on its fall counts
 UNWATCHED = 20.0  # steps: the longest jump where no model can be watched; the first search starts from twice of it
-CHUNK_BYTES = 1 << 25  # of float32 logits that are compared at a time
+CHUNK_BYTES = 1 << 23  # of float32 logits that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -80,40 +80,51 @@ def search(measure: Callable[[float], tuple[float, float]], known: float, limits
 class Outputs:
     """How far a model's distributions are from those that it had when this was made.
 
-    Only positions count at which two tokens or more have a probability of `PLAUSIBLE`: where the policy has no choice
-    nothing can change, and a mean over such positions would hide what happens at the others.
-
     - KL: KL(p_before || p_now), exact over the vocabulary, in float32.
-    - fall: the largest fall of a log-probability from before to now among the tokens that were plausible before. KL
-      hardly sees what is seldom said, and what is no longer sampled is lost for good.
+    - fall: the largest fall of a log-probability from before to now among the tokens that were plausible before, with a
+      probability of `PLAUSIBLE` or more. KL hardly sees what is seldom said, and what is no longer sampled is lost for
+      good.
+
+    Each is a mean over all positions, and over those at which two tokens or more were plausible; the larger counts.
+    Where the policy has a choice a mean over all hides what happens, and where it has none a jump can still ruin it.
     """
 
-    def __init__(self, logits: Tensor) -> None:
-        self._kept: list[Tensor] = []  # for each chunk: which of its rows count
-        self._before: list[Tensor] = []  # their log-probabilities
-        for chunk in _chunks(logits):
-            before = chunk.float().log_softmax(-1)
-            counts = ((before >= math.log(PLAUSIBLE)).sum(-1) >= 2) | before[:, 0].isnan()  # then all of its row is
-            self._kept.append(counts.nonzero().flatten())
-            self._before.append(before[self._kept[-1]])
-        self._shape = logits.shape
+    def __init__(self, logits: Tensor, rows: Tensor) -> None:
+        self._before = [chunk.float().log_softmax(-1) for chunk in _chunks(logits, rows)]
+        self._shape = logits.shape, rows.shape
 
-    def compare(self, logits: Tensor) -> Tensor:
-        """Sums over the positions that count, of KL and fall, and their number: float64 [3] on the CPU."""
-        if logits.shape != self._shape:
-            raise Unusable(f"it returned logits of another shape than before: {logits.shape}, {self._shape}")
-        sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
-        for chunk, kept, before in zip(_chunks(logits), self._kept, self._before):
-            lost = before - chunk[kept].float().log_softmax(-1)
+    def compare(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Sums of KL, of fall and of positions, over all of them and over those with a choice: float64 [6], CPU.
+
+        Args:
+            logits: [P, V].
+            rows: which of them are looked at, int64 [R].
+        """
+        if (logits.shape, rows.shape) != self._shape:
+            raise Unusable(f"it returned logits of another shape than before: {logits.shape}, {self._shape[0]}")
+        sums = torch.zeros(2, 3, dtype=torch.float64, device=logits.device)
+        for chunk, before in zip(_chunks(logits, rows), self._before):
+            lost, plausible = before - chunk.float().log_softmax(-1), before >= math.log(PLAUSIBLE)
             p = before.exp()
             kl = torch.where(p == 0, 0.0, p * lost).sum(-1)  # a logit of -inf is no change
-            fall = torch.where(before >= math.log(PLAUSIBLE), lost, 0.0).amax(-1).clamp(min=0)
-            sums += torch.stack([kl.sum(), fall.sum(), torch.tensor(len(kept), device=sums.device)]).double()
-        return sums.cpu()
+            fall = torch.where(plausible, lost, 0.0).amax(-1).clamp(min=0)
+            each = torch.stack([kl, fall, torch.ones_like(kl)], 1).double()
+            sums += torch.stack([each.sum(0), each[plausible.sum(-1) >= 2].sum(0)])
+        return sums.flatten().cpu()
 
 
-def _chunks(logits: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(logits, max(1, CHUNK_BYTES // (4 * logits.shape[-1])))
+def _means(sums: Sequence[float]) -> tuple[float, float]:
+    """KL and fall of the sums of `Outputs.compare`; NaN where there was no position."""
+    kl, fall, count, *with_choice = sums
+    if not count:
+        return math.nan, math.nan
+    means = [(kl / count, fall / count)] + [(with_choice[0] / n, with_choice[1] / n) for n in with_choice[2:] if n]
+    worst = [max(values) if all(map(math.isfinite, values)) else math.nan for values in zip(*means)]
+    return max(worst[0], 0.0), worst[1]  # rounding may make a KL of 0 negative
+
+
+def _chunks(logits: Tensor, rows: Tensor) -> Iterator[Tensor]:
+    return (logits[some] for some in torch.split(rows, max(1, CHUNK_BYTES // (4 * logits.shape[-1]))))
 
 
 class TrustRegion:
@@ -193,21 +204,21 @@ class TrustRegion:
         watch, outputs = self.watch, list[Outputs]()
         assert watch.model is not None
         failures: list[Exception] = []
-        finite = True
+        finite, seen = True, True
         together = bool(sharded(watch.model))  # its forward pass waits for that of the other ranks
 
         def attempt(length: float) -> Tensor:
             """The sums of `Outputs.compare`; NaN where the model failed."""
             move(length)
-            sums = torch.zeros(3, dtype=torch.float64)
+            sums = torch.zeros(6, dtype=torch.float64)
             if failures:
                 return sums.fill_(math.nan)
             try:
-                logits = watch.run(positions)
+                logits, rows = watch.run(positions)
                 if not outputs:
-                    outputs.append(Outputs(logits))
+                    outputs.append(Outputs(logits, rows))
                 else:
-                    sums = outputs[0].compare(logits)
+                    sums = outputs[0].compare(logits, rows)
             except Exception as error:
                 move(0.0)
                 if together:
@@ -218,10 +229,10 @@ class TrustRegion:
             return sums
 
         def measure(length: float) -> tuple[float, float]:
-            nonlocal finite
-            kl, fall, count = ranks.sum(*attempt(length).tolist())
-            finite &= math.isfinite(kl + fall)
-            return (max(kl / count, 0.0), fall / count) if count else (0.0, 0.0)  # rounding may make a KL of 0 negative
+            nonlocal finite, seen
+            sums = ranks.sum(*attempt(length).tolist())
+            finite, seen = all(map(math.isfinite, sums)), sums[2] != 0
+            return _means(sums)
 
         try:
             with watch.undisturbed():
@@ -235,6 +246,8 @@ class TrustRegion:
         if not length.steps and ranks.sum(bool(reasons))[0]:
             watch.refused = reasons[0] if reasons else "of another rank's model no logits could be had"
             raise Unusable(watch.refused)
+        if not seen:  # as where a batch has no labels: nothing was found out
+            return Length(0.0, known)
         for error in failures:
             self._warn("failed", f"a jump was left out, since the model failed on its last inputs: {error!r}")
         if not finite and not failures:

@@ -241,8 +241,8 @@ class Watch:
         assert self.model is not None and self._captured is not None
         return Positions(self.model, *self._captured[:2], self._logits)
 
-    def run(self, positions: Positions) -> Tensor:
-        """The logits at these positions with the weights as they are: [R, V], in the model's own dtype.
+    def run(self, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Logits with the weights as they are, [P, V] in the model's own dtype, and their rows at these positions.
 
         Raises:
             Unusable: the model gives none.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from extraopt import ExtraAdam, trust
-from extraopt.trust import Length, Limits, Outputs, TrustRegion, search
+from extraopt.trust import Length, Limits, TrustRegion, search
 
 EVERY = 3
 OPEN: dict[str, Any] = {"lr": 1e-3, "extra_every": EVERY, "extra_gate": None}
@@ -138,18 +138,27 @@ def test_a_model_that_failed_is_not_run_again(bad: float, first: bool, known: fl
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
+class Outputs(trust.Outputs):
+    """All rows are looked at."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(logits, torch.arange(len(logits)))
+
+    def compare(self, logits: Tensor) -> Tensor:  # type: ignore[override]
+        return super().compare(logits, torch.arange(len(logits)))
+
+
 def by_hand(before: Tensor, after: Tensor) -> list[float]:
-    """Sums of KL and fall and the number of positions, one by one, in float64."""
-    kl = fall = count = 0.0
+    """Sums of KL and fall and the number of positions, of all and of those with a choice, one by one, in float64."""
+    every, choice = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
     for b, a in zip(before.double(), after.double()):
         p, q = b.softmax(-1), a.softmax(-1)
         plausible = [i for i in range(len(p)) if p[i] >= 0.01]
-        if len(plausible) < 2:
-            continue
-        count += 1
-        kl += sum(float(p[i] * (p[i] / q[i]).log()) for i in range(len(p)) if p[i] > 0)
-        fall += max(0.0, *(float((p[i] / q[i]).log()) for i in plausible))
-    return [kl, fall, count]
+        kl = sum(float(p[i] * (p[i] / q[i]).log()) for i in range(len(p)) if p[i] > 0)
+        fall = max(0.0, *(float((p[i] / q[i]).log()) for i in plausible))
+        for sums in [every, choice] if len(plausible) > 1 else [every]:
+            sums[:] = sums[0] + kl, sums[1] + fall, sums[2] + 1
+    return every + choice
 
 
 def drawn(seed: int, rows: int = 40, width: int = 30, scale: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -159,7 +168,7 @@ def drawn(seed: int, rows: int = 40, width: int = 30, scale: float = 3.0) -> tup
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 12.0])
-def test_outputs_are_compared_otherwise_than_by_hand(scale: float) -> None:
+def test_outputs_are_compared_as_by_hand(scale: float) -> None:
     before, after = drawn(0, scale=scale)
     sums = Outputs(before).compare(after)
     assert sums.dtype == torch.float64 and sums.is_cpu
@@ -167,23 +176,39 @@ def test_outputs_are_compared_otherwise_than_by_hand(scale: float) -> None:
     assert Outputs(before).compare(before).tolist()[:2] == [0.0, 0.0]
 
 
-def test_positions_without_a_choice_thin_the_mean() -> None:
-    """And all of them together are none, at which nothing is divided by zero."""
+def test_positions_with_a_choice_are_counted_apart() -> None:
     before, after = drawn(1)
     before[::2, 0] += 40
     sums = Outputs(before).compare(after)
     torch.testing.assert_close(sums, torch.tensor(by_hand(before, after), dtype=torch.float64), rtol=1e-5, atol=1e-6)
-    assert 0 < sums[2] <= 20
-    assert Outputs(before[::2]).compare(after[::2]).tolist() == [0, 0, 0]
-    assert Outputs(before[:0]).compare(after[:0]).tolist() == [0, 0, 0]
+    assert sums[2] == 40 and 0 < sums[5] <= 20
+    assert Outputs(before[::2]).compare(after[::2])[3:].tolist() == [0, 0, 0]
+    assert Outputs(before[:0]).compare(after[:0]).tolist() == [0] * 6
 
 
-def test_two_plausible_tokens_are_one_too_few() -> None:
+def test_the_larger_of_both_means_is_what_the_limits_hold() -> None:
+    assert trust._means([1.0, 4.0, 10.0, 0.9, 3.0, 2.0]) == (0.45, 1.5)
+    assert trust._means([8.0, 40.0, 10.0, 0.9, 3.0, 2.0]) == (0.8, 4.0)
+    assert trust._means([8.0, 40.0, 10.0, 0.0, 0.0, 0.0]) == (0.8, 4.0)
+    assert trust._means([-1e-9, 0.0, 10.0, 0.0, 0.0, 0.0]) == (0.0, 0.0)
+    assert all(map(math.isnan, trust._means([0.0] * 6)))
+
+
+def test_a_policy_without_a_choice_left_is_not_ruined() -> None:
+    """Its outputs change at no position that has a choice, since none has: a jump of any length would be allowed."""
+    before, after = drawn(1)
+    before[:, 0] += 40
+    after[:, 1] += 60
+    kl, fall = trust._means(Outputs(before).compare(after).tolist())
+    assert kl > 1 and fall > 1
+
+
+def test_two_plausible_tokens_are_a_choice() -> None:
     even = torch.tensor([[0.0, 0.0, -20.0], [0.0, -30.0, -30.0], [0.0, math.log(0.02), -30.0]])
-    assert Outputs(even).compare(even)[2] == 2
+    assert Outputs(even).compare(even)[5] == 2
 
 
-def test_tokens_that_are_ruled_out_make_the_kl_infinite() -> None:
+def test_tokens_that_are_ruled_out_do_not_count() -> None:
     before, after = drawn(2)
     before[:, 3:9] = after[:, 3:9] = -math.inf
     sums = Outputs(before).compare(after)
@@ -194,7 +219,7 @@ def test_tokens_that_are_ruled_out_make_the_kl_infinite() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("when", ["before", "after", "both"])
-def test_outputs_that_are_not_finite_count_as_no_change(bad: float, when: str) -> None:
+def test_outputs_that_are_not_finite_are_told(bad: float, when: str) -> None:
     logits = dict(zip(("before", "after"), drawn(3)))
     for name in logits if when == "both" else [when]:
         logits[name][7] = bad
@@ -202,7 +227,7 @@ def test_outputs_that_are_not_finite_count_as_no_change(bad: float, when: str) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_chunks_change_what_is_measured(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     before, after = (x.to(dtype) for x in drawn(4))
     whole = Outputs(before).compare(after)
     torch.testing.assert_close(whole, torch.tensor(by_hand(before, after), dtype=torch.float64), rtol=1e-5, atol=1e-6)
@@ -211,7 +236,7 @@ def test_chunks_change_what_is_measured(dtype: torch.dtype, monkeypatch: pytest.
         torch.testing.assert_close(Outputs(before).compare(after), whole, rtol=1e-6, atol=0)
 
 
-def test_outputs_of_another_shape_are_compared() -> None:
+def test_outputs_of_another_shape_are_refused() -> None:
     before, after = drawn(5)
     with pytest.raises(trust.Unusable, match="another shape"):
         Outputs(before).compare(after[1:])
@@ -256,12 +281,11 @@ def measured_by_hand(before: Any, after: Any, step: int) -> tuple[float, float]:
     ids, labels = batch(step).values()
     with torch.no_grad():
         logits = [model.eval()(input_ids=ids).logits[:, :-1][labels[:, 1:] != -100] for model in (before, after)]
-    kl, fall, count = by_hand(*logits)
-    return kl / count, fall / count
+    return trust._means(by_hand(*logits))
 
 
 @pytest.mark.parametrize("options", [{}, {"attention_dropout": 0.5}], ids=["plain", "dropout"])
-def test_what_is_measured_at_a_jump_is_not_what_the_jump_does(options: dict[str, Any]) -> None:
+def test_what_is_measured_at_a_jump_is_what_the_jump_does(options: dict[str, Any]) -> None:
     """Beside an AdamW that takes the same step from the same weights, and copies of the model before and after."""
     model = llama(**options)
     optimizer = ExtraAdam(model.parameters(), **OPEN)

@@ -71,6 +71,10 @@ def train(
     return reports
 
 
+def looked_at(logits: Tensor, rows: Tensor) -> Tensor:
+    return logits[rows]
+
+
 def watched(reports: list[JumpReport], jumps: int = 3) -> None:
     assert len(reports) == jumps
     for report in reports:
@@ -353,7 +357,7 @@ def test_virtual_tokens_of_prompt_tuning() -> None:
     optimizer._trust.watch.armed = True
     model(**batch(0))
     with optimizer._trust.watch.undisturbed():
-        rows = optimizer._trust.watch.run(optimizer._trust.watch.positions())
+        rows = looked_at(*optimizer._trust.watch.run(optimizer._trust.watch.positions()))
     with torch.no_grad():
         logits = model.eval()(**batch(0)).logits[:, 3:-1]
     torch.testing.assert_close(rows, logits[batch(0)["labels"][:, 1:] != -100])
@@ -387,7 +391,7 @@ def test_rows_that_are_packed_or_padded(inputs: Callable[[int], dict[str, Any]])
     model(**inputs(0))
     positions = optimizer._trust.watch.positions()
     with optimizer._trust.watch.undisturbed():
-        rows = optimizer._trust.watch.run(positions)
+        rows = looked_at(*optimizer._trust.watch.run(positions))
     with torch.no_grad():
         logits = model.eval()(**inputs(0)).logits
     if inputs is packed:
@@ -412,7 +416,7 @@ def test_many_positions_are_looked_at_with_too_few_bytes(
     watch = optimizer._trust.watch
     monkeypatch.setattr(sys.modules[type(watch.positions()).__module__], "LOGITS_BYTES", room * 2 * 16 * 4)
     with watch.undisturbed():
-        rows = watch.run(watch.positions())
+        rows = looked_at(*watch.run(watch.positions()))
     stride = {1: 20, 5: 4, 100: 1}[room]
     with torch.no_grad():
         logits, valid = model.eval()(**inputs).logits[:, :-1:stride], (inputs["labels"] != -100)[:, 1::stride]
@@ -476,7 +480,7 @@ def test_labels_that_lie_beside_their_logits_are_shifted(kind: str) -> None:
     model(**inputs(0))
     watch = optimizer._trust.watch
     with watch.undisturbed():
-        rows = watch.run(watch.positions())
+        rows = looked_at(*watch.run(watch.positions()))
     with torch.no_grad():
         wanted = model.eval()(**inputs(0)).logits[inputs(0)["labels"] != -100]
     torch.testing.assert_close(rows, wanted)
@@ -497,7 +501,7 @@ def test_a_decoder_is_taken_for_as_long_as_its_encoder(mask: bool) -> None:
     optimizer._trust.watch.armed = True
     model(**inputs(0))
     with optimizer._trust.watch.undisturbed():
-        rows = optimizer._trust.watch.run(optimizer._trust.watch.positions())
+        rows = looked_at(*optimizer._trust.watch.run(optimizer._trust.watch.positions()))
     with torch.no_grad():
         logits = model.eval()(**inputs(0)).logits
     torch.testing.assert_close(rows, torch.cat([logits[0, :3], logits[1]]) if mask else logits.flatten(0, 1))
