@@ -1,4 +1,5 @@
-# make demo   fine-tune a real model with AdamW and with ExtraAdam, side by side
+# make demo   GRPO with AdamW and with ExtraAdam side by side: a small policy, three minutes
+# make demo-llm   the same on a language model, SmolLM2-135M: three quarters of an hour
 # make test   everything that must pass before a change lands
 # make docs   the documentation, in build/docs
 # make lint   style, types and pages;  make dist   what a release uploads
@@ -7,12 +8,16 @@
 PYTHON ?= python3
 PIP := .venv/bin/pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
-# options of examples/grpo_smollm2.py, given as `make demo MODEL=... DATASET=... STEPS=...`
-DEMO = $(foreach option,MODEL DATASET STEPS LR SEED OUT,$(if $($(option)),--$(shell echo $(option) | tr A-Z a-z) $($(option))))
+# options of the examples, given as `make demo SEED=1 ROLLOUTS=512 LR=3e-5`, `make demo-llm MODEL=... DATASET=...`
+OPTIONS = MODEL DATASET STEPS LR ROLLOUTS SEED OUT
+DEMO = $(foreach option,$(OPTIONS),$(if $($(option)),--$(shell echo $(option) | tr A-Z a-z) $($(option))))
 
-.PHONY: demo test test-slow test-torch bench bench-gpu support docs lint lint-style lint-types lint-docs dist workflows clean
+.PHONY: demo demo-llm test test-slow test-torch bench bench-gpu support docs lint lint-style lint-types lint-docs dist workflows clean
 
 demo: .venv/demo.done
+	.venv/bin/python examples/grpo_addition.py $(DEMO)
+
+demo-llm: .venv/demo.done
 	.venv/bin/python examples/grpo_smollm2.py $(DEMO)
 
 # two files at a time: a test has one thread, and mostly one process

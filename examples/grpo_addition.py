@@ -3,10 +3,10 @@
     python examples/grpo_addition.py                  # two minutes on 2 CPU cores, no network
     python examples/grpo_addition.py --seed 1 --rollouts 512 --lr 3e-5 --steps 240
 
-A transformer of 0.3 million weights adds two numbers of two digits. It has learnt from a corpus in which most answers are
-wrong, and goes on from a reward that a program checks: the toy-scale benchmark (benchmarks/rlvr), of which this is one
-cell. The learning rate is a tenth of AdamW's best one here, as conservative as reinforcement learning of language
-models is run. Both runs begin from the same policy, with the same questions.
+A transformer of 0.3 million weights adds two numbers of two digits. It has learnt from a corpus in which most answers
+are wrong, and goes on from a reward that a program checks: one cell of the toy-scale benchmark (benchmarks/rlvr). The
+learning rate is a tenth of AdamW's best one here, as conservative as reinforcement learning of language models is run.
+Both runs begin from the same policy, with the same questions.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def draw(runs: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     if (step := reached(runs["ExtraAdam"], end)) is not None:
         axes.axhline(end, color=COLORS["AdamW"], linewidth=1, linestyle=":")
         axes.axvline(step, color=COLORS["ExtraAdam"], linewidth=1, linestyle=":")
-        axes.annotate(f"AdamW's last accuracy after {step} steps", (step, 0.04), xytext=(6, 0), textcoords="offset points")
+        axes.annotate(
+            f"AdamW's last accuracy after {step} steps", (step, 0.04), xytext=(6, 0), textcoords="offset points"
+        )
     axes.set(title=title, xlabel="real steps", ylabel="accuracy on held-out sums", ylim=(0, 1))
     axes.margins(x=0.05)
     axes.grid(axis="y", alpha=0.2)

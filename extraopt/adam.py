@@ -111,7 +111,7 @@ class ExtraAdam(AdamW, CycleMixin):
             captured step is AdamW's alone: call :meth:`end_due_cycles` after each replay.
         differentiable (bool, optional): let autograd see the step (default: False). The jump is a constant to it.
         fused (bool, optional): AdamW's fused implementation (default: None)
-        extra_every (int, optional): :math:`k`, applied steps in a cycle, >= 1 (default: 10). After changing it during
+        extra_every (int, optional): :math:`k`, applied steps in a cycle, >= 1 (default: 5). After changing it during
             training call :meth:`reset_anchor`.
         extra_steps (int, optional): :math:`N`, the longest jump in steps, >= 0; 0 is AdamW, bit for bit, with no extra
             state (default: 1000)
@@ -190,7 +190,7 @@ class ExtraAdam(AdamW, CycleMixin):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        extra_every: int = 10,
+        extra_every: int = 5,
         extra_steps: int = 1000,
         extra_beta: float = 0.9,
         extra_gate: float | None = 0.5,

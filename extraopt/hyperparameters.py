@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 DEFAULTS: dict[str, Any] = {
-    "extra_every": 10,
+    "extra_every": 5,
     "extra_steps": 1000,
     "extra_beta": 0.9,
     "extra_gate": 0.5,

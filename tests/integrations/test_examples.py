@@ -36,6 +36,19 @@ def test_hf_trainer_with_lora_resumes_and_keeps_jumping(tmp_path: Path):
     assert cycles[0] == (5, 0) and sum(n > 28 / 2 for _, n in cycles) >= 4  # each of the 28 has its own gate
 
 
+def test_the_demo_shows_fewer_steps_to_the_same_accuracy(tmp_path: Path):
+    out = tmp_path / "demo"
+    table = run(tmp_path, "grpo_addition.py", "--steps", "60", "--out", str(out))
+    assert "real steps to AdamW's last accuracy" in table and "largest KL of a jump" in table
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    adamw, extra = json.loads((out / "demo.json").read_text())["runs"].values()
+    assert adamw["accuracy"][0] == extra["accuracy"][0] and not adamw["jumps"]
+    assert extra["jumps"][0]["step"] == 10 and len(extra["jumps"]) > 8
+    assert all(jump["kl"] <= 0.02 and jump["fall"] <= 0.3 for jump in extra["jumps"])
+    end = adamw["accuracy"][-1][1]
+    assert next(step for step, accuracy in extra["accuracy"] if accuracy >= end) <= 40
+
+
 @pytest.mark.slow
 def test_two_first_demos_at_once_unpack_the_model_once(tmp_path: Path):
     """The second to finish failed: a folder can't be renamed to one that has files."""
@@ -52,7 +65,7 @@ def test_two_first_demos_at_once_unpack_the_model_once(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_demo_makes_its_table_and_picture(tmp_path: Path):
+def test_the_language_model_of_the_examples_makes_its_table_and_picture(tmp_path: Path):
     out = tmp_path / "demo"
     table = run(tmp_path, "grpo_smollm2.py", "--steps", "7", "--out", str(out))
     assert "AdamW" in table and "ExtraAdam" in table
