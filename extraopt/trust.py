@@ -17,7 +17,7 @@ from .watch import Watch, sharded
 TRIALS = 3
 MARGIN = 0.95  # of the length that the last trial's fit proposes
 GROWTH = 2.0  # of the last length, up to which the next is looked for
-OPEN = 0.25  # gate from which on a length may grow: where gates are shut any length changes nothing, and says nothing
+OPEN = 0.25  # gate from which on a length may grow
 LEAST = 1.0  # step: no search starts from less
 PLAUSIBLE = 0.01  # probability of a token from which on its fall counts
 UNWATCHED = 20.0  # steps: the longest jump where no model can be watched; the first search starts from twice of it
@@ -52,9 +52,10 @@ class Limits:
 def search(measure: Callable[[float], tuple[float, float]], known: float, limits: Limits, gate: float) -> Length:
     """The longest of a few lengths at which the outputs stay within the limits.
 
-    It starts from twice the length known, and the next one from more than that only where gates were open. KL grows
-    about as the square of a length and the fall in proportion to it: from that each trial proposes the next, and none
-    is taken that was not itself measured. Where none is within, the next search starts from half of the last one tried.
+    It starts from twice the length known. Lengths grow cycle by cycle where gates are open, and fall back towards
+    `UNWATCHED` where they are shut: there any length is within the limits, and would be too long when they open. KL
+    grows about as the square of a length and the fall in proportion to it: from that each trial proposes the next, and
+    none is taken that was not itself measured. Where none is within, the next search starts from half of the last one.
 
     Args:
         measure: moves the weights to a length and says how far the outputs are from those at 0: mean KL, mean fall; not
@@ -71,7 +72,7 @@ def search(measure: Callable[[float], tuple[float, float]], known: float, limits
         if not all(map(math.isfinite, (kl, fall, used))):
             break
         if used <= 1:
-            longest = tried if gate >= OPEN else min(tried, known)
+            longest = tried if gate >= OPEN else min(tried, max(known / GROWTH, min(known, UNWATCHED)))
             return Length(tried, max(longest, LEAST / 2), kl, fall)
         proposed = MARGIN * tried / used
     return Length(0.0, max(tried / 2, LEAST) / 2)
