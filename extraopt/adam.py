@@ -76,7 +76,7 @@ class ExtraAdam(AdamW, CycleMixin):
     not count. Each tensor has a gate of its own. It begins to open where the drift agrees with the estimate more than
     it would if gradients were pure noise: momentum alone makes drifts agree by :math:`c`, which follows from :math:`k`,
     :math:`\beta_1` and the weights :math:`w` that the estimate was made with (:func:`~extraopt.gate.averaged_noise`; at
-    the defaults 0.52 after a first drift, 0.2 for a long average). As far as the gate is shut the tensor retreats, by
+    the defaults 0.71 after a first drift, 0.34 for a long average). As far as the gate is shut the tensor retreats, by
     half of its drift at most: the mean of anchor and weights, as in Lookahead, holds less noise than the weights. Of a
     drift below a hundredth of the weights the retreat is in proportion less: so small a noise does no harm, but to
     retreat from it costs learning. On a clean path the estimate is the newest drift, on a noisy one an average. A
@@ -84,11 +84,12 @@ class ExtraAdam(AdamW, CycleMixin):
 
     **The trust region.** All tensors that are due share one length :math:`h`. In the last step of a cycle the inputs of
     the model's training forward pass are remembered; within ``step`` the model runs on them again, in eval mode and
-    without gradients, at :math:`\theta(0)` and at one to three lengths. The first is twice the length before. Two
-    limits hold, over the positions at which two tokens or more have a probability of 1 %: the mean KL divergence, and
-    the mean of the largest fall of a plausible token's log-probability, since KL hardly sees what is seldom said. The
-    model is found at its first training forward pass, or named by :meth:`watch`; where none can be watched, jumps are
-    at most 20 steps long and a warning says so. Under ``torch.distributed`` all ranks take one decision.
+    without gradients, at :math:`\theta(0)` and at one to three lengths. The first is twice the length before, which
+    halves where gates are shut. Two limits hold, over all positions and over those at which two tokens or more have a
+    probability of 1 %: the mean KL divergence, and the mean of the largest fall of such a token's log-probability,
+    since KL hardly sees what is seldom said. The model is found at its first training forward pass, or named by
+    :meth:`watch`; where none can be watched, jumps are at most 20 steps long and a warning says so. Under
+    ``torch.distributed`` all ranks take one decision.
 
     ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None, extra_kl=None`` is the rule of RL-Extra in
     `Linear Dynamics in the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and
