@@ -21,9 +21,11 @@ from .state import (
     check_cycle,
     check_group,
     copy_to_place,
+    forget_cycle,
     here,
     modernize,
     read_numbers,
+    shaped,
     shielded,
     upgraded,
 )
@@ -149,6 +151,7 @@ class ExtraAdam(AdamW, CycleMixin):
 
     Warns:
         RuntimeWarning: a step is captured in a CUDA graph.
+        RuntimeWarning: a parameter was pruned, grown or cast in mid-run and starts a new cycle; names it.
         RuntimeWarning: the model can't be watched, or failed on its inputs; says why and what to do. Once each.
         RuntimeWarning: a tensor was refused because its weights, anchor or drift are not finite or its jump could
             overflow its dtype. Its weights are left as AdamW made them and a new cycle starts from there.
@@ -230,6 +233,8 @@ class ExtraAdam(AdamW, CycleMixin):
             check_group(group)
             for j, p in enumerate(group["params"]):
                 entries = state["state"].get(p, {})
+                if not own and not shaped(entries, p):  # a copy of an optimizer whose next step would say so
+                    forget_cycle(entries)
                 check_cycle(entries, p, f"parameter {j} in group {i}", "step")
                 copy_to_place(entries, p, group["extra_offload"])
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -296,9 +301,7 @@ class ExtraAdam(AdamW, CycleMixin):
     @torch.no_grad()
     def _before_step(self) -> None:
         self._quiet = self._schedule.quiet(self.param_groups, self.state) and not _capturing(self._schedule.params[0])
-        if self._quiet:
-            return
-        if self._schedule.unchanged(self.param_groups, self.state):
+        if self._quiet or self._known():
             return
         stepped = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         fresh = self._begin_cycles(stepped)
@@ -337,16 +340,17 @@ class ExtraAdam(AdamW, CycleMixin):
         if self._schedule.quiet(self.param_groups, self.state):
             self._schedule.count()
             return
+        self._renew()
         self._end_due_cycles()
 
     def _end_due_cycles(self) -> None:
         """Read the step counters of the parameters that a step has moved, and end their cycles where they are due."""
         if self._schedule.unchanged(self.param_groups, self.state):
-            stepped = [[pair for pair in pairs if pair[0].grad is not None] for pairs in self._schedule.stepped]
+            pairs_of = [[pair for pair in pairs if pair[0].grad is not None] for pairs in self._schedule.stepped]
         else:
             moved = ([p for p in group["params"] if p.grad is not None] for group in self.param_groups)
-            pairs_of = ([(p, self.state.get(p, {})) for p in params] for params in moved)
-            stepped = [[(p, state) for p, state in pairs if "extra_anchor" in state] for pairs in pairs_of]
+            pairs_of = [[(p, self.state.get(p, {})) for p in params] for params in moved]
+        stepped = [[pair for pair in pairs if "extra_anchor" in pair[1]] for pairs in pairs_of]
         everything = list(chain.from_iterable(stepped))
         if everything and _capturing(everything[0][0]):
             warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,7 +13,17 @@ from torch.optim import Optimizer
 
 from .extrapolation import CycleBatch, JumpReport, end_cycle
 from .schedule import Schedule
-from .state import keeps_estimate, new_anchor, new_estimate, number, offload, read_numbers, write_numbers
+from .state import (
+    forget_cycle,
+    keeps_estimate,
+    new_anchor,
+    new_estimate,
+    number,
+    offload,
+    read_numbers,
+    whole,
+    write_numbers,
+)
 from .trust import GROWTH, UNWATCHED, Length, Limits, TrustRegion
 
 
@@ -44,6 +55,19 @@ def _noise(ends: Sequence[Ending]) -> list[tuple[float, float]]:
     if not all("extra_noise_cov" in state and "extra_noise_var" in state for state in states):
         states = [{"extra_noise_cov": 0.0, "extra_noise_var": 0.0, **state} for state in states]
     return list(zip(read_numbers(states, "extra_noise_cov"), read_numbers(states, "extra_noise_var")))
+
+
+NAMED = 5  # parameters in one warning
+
+
+def _name(group: Mapping[str, Any], i: int, p: Tensor) -> str:
+    j = next(j for j, q in enumerate(group["params"]) if q is p)
+    names = group.get("param_names") or []
+    return str(names[j]) if len(names) == len(group["params"]) else f"parameter {j} in group {i}"
+
+
+def _form(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {t.dtype} on {t.device}"
 
 
 _PROFILED = Optimizer.profile_hook_step(len).__code__
@@ -142,12 +166,17 @@ class CycleMixin:
             optimizers set up their own entries where they find none at all.
         """
         fresh: dict[Tensor, dict[str, Any]] = {}
-        for group, params in zip(self.param_groups, stepped):
+        misfits: list[str] = []
+        for i, (group, params) in enumerate(zip(self.param_groups, stepped)):
             # A step with lr 0 moves nothing, but it may be the one by which torch.distributed.checkpoint fills a fresh
             # state, before weights are loaded. Then the first step that moves takes the anchor.
             still = learning_rate_is_zero(group)
             for p in params:
                 state = self.state.get(p, {})
+                if "extra_anchor" in state and "extra_origin" in state and not whole(state, p):
+                    if group["extra_steps"]:
+                        misfits.append(f"{_name(group, i, p)} is {_form(p)}, its anchor {_form(state['extra_anchor'])}")
+                    forget_cycle(state)
                 if "extra_anchor" in state and "extra_origin" in state:
                     if p in self._schedule.waiting and not still:
                         self._schedule.waiting.remove(p)
@@ -163,7 +192,31 @@ class CycleMixin:
                 if group["extra_steps"] and "extra_estimate" not in state and keeps_estimate(group):
                     entries = {"extra_estimate": new_estimate(p, group["extra_offload"])}
                     fresh[p] = fresh.get(p, {}) | entries | {"extra_noise_cov": 0.0, "extra_noise_var": 0.0}
+        if misfits:
+            more = f"; and {len(misfits) - NAMED} more" if len(misfits) > NAMED else ""
+            warnings.warn(
+                f"extraopt: {'; '.join(misfits[:NAMED])}{more}. It was changed in mid-run: a new cycle starts there, "
+                "without a jump across the change, and all others go on.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         return fresh
+
+    def _known(self) -> bool:
+        """Whether no cycle begins with the next step: nothing has changed, and anchors are still their parameters'."""
+        schedule = self._schedule
+        if not schedule.unchanged(self.param_groups, self.state):
+            schedule.reread()
+            return False
+        return schedule.same_tensors() or all(whole(state, p) for pairs in schedule.stepped for p, state in pairs)
+
+    def _renew(self) -> None:
+        """Begin a new cycle, as the next step would, where an anchor does not fit its parameter any more."""
+        pairs_of = [[(p, self.state.get(p, {})) for p in group["params"]] for group in self.param_groups]
+        unfit = [[p for p, state in pairs if "extra_anchor" in state and not whole(state, p)] for pairs in pairs_of]
+        if any(unfit):
+            self._join(self._begin_cycles(unfit))
+            self._schedule.reread()
 
     def _join(self, fresh: dict[Tensor, dict[str, Any]]) -> None:
         for p, entries in fresh.items():
@@ -263,6 +316,7 @@ class CycleMixin:
         Returns:
             What was done, or None where there was nothing to do.
         """
+        self._renew()
         begun = []
         for group, ends in self._anchored_steps():
             every = group["extra_every"]
@@ -282,7 +336,9 @@ class CycleMixin:
 
         Call it after weights were edited from outside (best model loaded, averaged weights swapped in, pruning): else
         the next jump extrapolates across the edit. The drift estimate is kept; the gate judges whether it still holds.
+        Where it or the anchor does not fit the parameter any more, both begin anew, with a warning.
         """
+        self._renew()
         for group, ends in self._anchored_steps():
             for p, state, _ in ends:
                 state["extra_anchor"].copy_(p)

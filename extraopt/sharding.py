@@ -23,6 +23,15 @@ def local(tensors: Sequence[Any]) -> list[Tensor]:
     return [t.to_local() if _is_dtensor(t) else t for t in tensors]
 
 
+def same_parts(a: Any, b: Any) -> bool:
+    """Whether two tensors of one shape are sharded alike: both on the same ranks, or neither."""
+    if type(a) in _PLAIN and type(b) in _PLAIN:
+        return True
+    if not (_is_dtensor(a) and _is_dtensor(b)):
+        return _is_dtensor(a) == _is_dtensor(b)
+    return bool(a.placements == b.placements and a.device_mesh == b.device_mesh)
+
+
 def sum_over_shards(sums: Tensor, params: Sequence[Any]) -> Tensor:
     """Add up the sums of tensors that are sharded over ranks, so that every rank decides on the whole tensor.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .gate import plain_noise
 from .hyperparameters import MAX_COUNT
+from .sharding import same_parts
 from .trust import UNWATCHED
 
 TENSORS = {"extra_anchor", "extra_estimate"}
@@ -94,6 +95,32 @@ def _plain(key: str, entry: Any) -> Any:
         return entry
     value = entry.item()
     return int(value) if key in COUNTS and is_number(value) and value % 1 == 0 else value
+
+
+def fits(t: Tensor, p: Tensor) -> bool:
+    """Whether an anchor or estimate can be one of `p` as it is now: not where `p` was pruned, grown or cast since."""
+    alike = t.shape == p.shape and t.dtype == p.dtype and (t.device == p.device or t.is_cpu)
+    return alike and same_parts(t, p)
+
+
+def whole(state: Mapping[str, Any], p: Tensor) -> bool:
+    """Whether this is the state of a cycle that `p` can go on with."""
+    if "extra_anchor" not in state or "extra_origin" not in state:
+        return False
+    anchor = state["extra_anchor"]
+    estimate = state.get("extra_estimate", anchor)
+    return fits(anchor, p) and (estimate is anchor or fits(estimate, p) and estimate.device == anchor.device)
+
+
+def shaped(state: Mapping[str, Any], p: Tensor) -> bool:
+    """Whether its anchor and estimate are of the shape of `p`; what it has not got is."""
+    return all(getattr(state[key], "shape", None) == p.shape for key in TENSORS & state.keys())
+
+
+def forget_cycle(state: dict[str, Any]) -> None:
+    """Leave of a parameter's state what its optimizer put there, and its count of applied steps."""
+    for key in TENSORS | NUMBERS - {"extra_step"}:
+        state.pop(key, None)
 
 
 def to_host(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -79,6 +79,7 @@ class Extra(Optimizer, CycleMixin):
             is in eval mode.
 
     Warns:
+        RuntimeWarning: a parameter was pruned, grown or cast in mid-run and starts a new cycle; names it.
         RuntimeWarning: a tensor was refused because its weights, anchor or drift are not finite or its jump could
             overflow its dtype. Its weights are left as the base made them and a new cycle starts from there.
 
@@ -256,7 +257,7 @@ class Extra(Optimizer, CycleMixin):
         schedule = self._schedule
         quiet = schedule.quiet(self.param_groups, self.state)
         with torch.no_grad():
-            known = quiet or schedule.unchanged(self.param_groups, self.state)
+            known = quiet or self._known()
             fresh = {} if known else self._begin_cycles(stepped)
         # a scheduler that was made for the base would warn that it never steps
         self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -324,7 +325,8 @@ class Extra(Optimizer, CycleMixin):
 
     def _applied_steps(self, p: Tensor) -> int:
         # a base that has stepped before, or was loaded from a run without jumps, may have counted its steps
-        return int(self.state.get(p, {}).get("step", 0))
+        state = self.state.get(p, {})
+        return int(state.get("extra_step", state.get("step", 0)))
 
     @contextlib.contextmanager
     def _moving(self, params: Iterable[Tensor]) -> Iterator[None]:
