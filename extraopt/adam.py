@@ -117,7 +117,7 @@ class ExtraAdam(AdamW, CycleMixin):
         extra_every (int, optional): :math:`k`, applied steps in a cycle, >= 1 (default: 5). After changing it during
             training call :meth:`reset_anchor`.
         extra_steps (int, optional): :math:`N`, the longest jump in steps, >= 0; 0 is AdamW, bit for bit, with no extra
-            state (default: 1000)
+            state (default: 200)
         extra_beta (float, optional): :math:`b`, averaging of the drift over cycles, in [0, 1) (default: 0.9)
         extra_gate (float, optional): :math:`\gamma`, the part of the way from momentum's coherence to 1 at which a gate
             is fully open, in (0, 1]; None keeps all gates open (default: 0.5)
@@ -195,7 +195,7 @@ class ExtraAdam(AdamW, CycleMixin):
         differentiable: bool = False,
         fused: bool | None = None,
         extra_every: int = 5,
-        extra_steps: int = 1000,
+        extra_steps: int = 200,
         extra_beta: float = 0.9,
         extra_gate: float | None = 0.5,
         extra_start: int = 0,

@@ -9,7 +9,7 @@ from typing import Any
 
 DEFAULTS: dict[str, Any] = {
     "extra_every": 5,
-    "extra_steps": 1000,
+    "extra_steps": 200,
     "extra_beta": 0.9,
     "extra_gate": 0.5,
     "extra_start": 0,

@@ -107,7 +107,7 @@ ABLATIONS = (
     "ExtraAdam extra_every=10",
     "ExtraAdam extra_every=20",
     "ExtraAdam extra_steps=100",
-    "ExtraAdam extra_steps=200",
+    "ExtraAdam extra_steps=1000",
     "ExtraAdam trust.OPEN=0",
     "ExtraAdam trust.OPEN=0.5",
     "ExtraAdam trust.GROWTH=4",
@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--ablate", action="store_true", help="the rule with one thing changed, on four cells")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go")
     parser.add_argument("--optimizers", nargs="+", metavar="NAME", help="only these")
+    parser.add_argument("--most", type=int, default=1 << 30, metavar="STEPS", help="only cells of no larger budget")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
     cells, seeds = (QUICK, SEEDS[:1]) if args.quick else (CELLS + SLOW, SEEDS)
@@ -274,7 +275,8 @@ def main() -> None:
     grid = {_key(*r): r for r in runs(cells, seeds)}
     found = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     done = {key: row for row in found if (key := _row_key(row)) in grid}
-    todo = {key: r for key, r in grid.items() if not args.optimizers or r[1] in args.optimizers}
+    chosen = {key: r for key, r in grid.items() if not args.optimizers or r[1] in args.optimizers}
+    todo = {key: r for key, r in chosen.items() if r[0].steps <= args.most}
     with workers(args.workers) as pool, Progress() as progress:
         started = {pool.submit(run, *r): key for key, r in todo.items() if key not in done}
         bar = progress.add_task("runs", total=len(todo), completed=len(todo) - len(started))

@@ -171,7 +171,7 @@ def use_extra_adam(trainer: Trainer, **options: Any) -> ExtraCallback:
     Example::
 
         >>> trainer = GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=data)
-        >>> use_extra_adam(trainer, extra_every=5, extra_steps=1000)
+        >>> use_extra_adam(trainer, extra_every=5, extra_steps=200)
         >>> trainer.train()
     """
     if trainer.optimizer is not None:

@@ -21,7 +21,7 @@ from transformers import Trainer
 from extraopt import ExtraAdam, JumpReport
 from extraopt.integrations.transformers import ExtraCallback, use_extra_adam
 
-STEPS = 40  # four cycles
+STEPS = 20  # four cycles
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def warnings_of_ours_fail() -> Iterator[None]:
         yield
 
 
-def check(reports: dict[int, JumpReport], ends: int = STEPS // 10) -> None:
+def check(reports: dict[int, JumpReport], ends: int = STEPS // 5) -> None:
     assert len(reports) == ends
     jumps = [report for report in reports.values() if report.length]
     assert jumps, reports
@@ -104,7 +104,7 @@ def test_trainers_of_trl(name: str, lora: bool, tmp_path: Path) -> None:
     check(ends.reports)
 
 
-def test_a_reward_model_is_refused_without_a_word(tmp_path: Path) -> None:
+def test_a_reward_model_is_refused_in_words(tmp_path: Path) -> None:
     """It gives one number, no distribution."""
     from transformers import LlamaForSequenceClassification
 
@@ -131,7 +131,7 @@ def test_the_callback_alone_finds_what_the_trainer_prepared(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("to", ["tensorboard", "wandb"])
-def test_what_reports_are_sent_to_misses_the_jumps(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_reports_are_sent_to_gets_the_jumps(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(to, reason=f"{to} is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

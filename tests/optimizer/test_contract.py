@@ -82,7 +82,7 @@ def test_hyperparameters_that_a_checkpoint_lacks_stay_those_of_each_group(hooked
     if hooked:  # a hook may return another dict than it was given: then this is what is loaded
         optimizer.register_load_state_dict_pre_hook(lambda *_: copy.deepcopy(state))
     optimizer.load_state_dict(state)
-    assert [group["extra_every"] for group in optimizer.param_groups] == [7, 10]
+    assert [group["extra_every"] for group in optimizer.param_groups] == [7, 5]
     assert [group["extra_gate"] for group in optimizer.param_groups] == [0.5, None]
 
 

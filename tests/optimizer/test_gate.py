@@ -287,7 +287,7 @@ def test_an_estimate_that_was_lost_begins_as_a_new_one() -> None:
 def test_on_pure_noise_it_wanders_less_far_than_adamw() -> None:
     ours, theirs = (torch.nn.Parameter(torch.zeros(20_000)) for _ in range(2))
     options = {"lr": 1e-3, "weight_decay": 0.0}
-    optimizer = ExtraAdam([ours], **options, extra_kl=None)
+    optimizer = ExtraAdam([ours], **options, extra_every=10, extra_kl=None)
     noise = [torch.randn(20_000, generator=torch.Generator().manual_seed(step)) for step in range(400)]
     _run(optimizer, lambda i, step, p: noise[step], 400)
     _run(torch.optim.AdamW([theirs], **options), lambda i, step, p: noise[step], 400)
@@ -298,6 +298,6 @@ def test_on_pure_noise_it_wanders_less_far_than_adamw() -> None:
 def test_on_a_straight_path_it_gets_further_than_adamw_by_the_horizon() -> None:
     ours, theirs = (torch.nn.Parameter(torch.zeros(100)) for _ in range(2))
     options = {"lr": 1e-3, "weight_decay": 0.0}
-    _run(ExtraAdam([ours], **options, extra_kl=None), lambda i, step, p: -torch.ones_like(p), 1000)
+    _run(ExtraAdam([ours], **options, extra_every=10, extra_kl=None), lambda i, step, p: -torch.ones_like(p), 1000)
     _run(torch.optim.AdamW([theirs], **options), lambda i, step, p: -torch.ones_like(p), 1000)
     assert float((ours / theirs).mean().detach()) == pytest.approx(1 + 99 / 100 * 200 / 10, rel=1e-3)
