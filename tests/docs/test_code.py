@@ -54,14 +54,14 @@ def test_getting_started_goes_from_an_installation_to_a_guarded_run(saved: str) 
     loop, trl, resume, edits = blocks(read(ROOT / "docs" / "getting-started.md"), "python")
     model = AutoModelForCausalLM.from_pretrained(saved)
     before = [p.detach().clone() for p in model.parameters()]
-    names: dict[str, Any] = {"model": model, "batches": rows(25)}
+    names: dict[str, Any] = {"model": model, "batches": rows(23)}
     exec(loop, names)
     optimizer = names["optimizer"]
     assert type(optimizer) is ExtraAdam and optimizer.last_jump.step == 20 and optimizer.last_jump.kl >= 0
     assert not all(map(torch.equal, before, model.parameters()))
     exec(resume, names)
     exec(edits, names)
-    assert Path("optimizer.pt").is_file() and optimizer.last_jump.step == 25  # the cycle that `jump` ended early
+    assert Path("optimizer.pt").is_file() and optimizer.last_jump.step == 23  # the cycle that `jump` ended early
 
     names = {
         "model": saved,
@@ -75,7 +75,7 @@ def test_getting_started_goes_from_an_installation_to_a_guarded_run(saved: str) 
     }  # fmt: skip
     exec(trl, names)
     logged = [log for log in names["trainer"].state.log_history if "extra/gate" in log]
-    assert [log["step"] for log in logged] == [10, 20]
+    assert [log["step"] for log in logged] == [5, 10, 15, 20]
     assert type(names["trainer"].optimizer.optimizer) is ExtraAdam
 
 

@@ -385,7 +385,7 @@ def test_a_checkpoint_that_is_not_ours_is_a_note(tmp_path: Path):
 
     summary = saved(torch.optim.AdamW(weights))
     assert "is not ExtraAdam's" in summary["notes"][0] and summary["bytes_per_parameter"]["exp_avg"] == 4
-    groups = [{"params": weights[:1], "extra_every": 5}, {"params": weights[1:]}]
+    groups = [{"params": weights[:1], "extra_every": 7}, {"params": weights[1:]}]
     summary = saved(ExtraAdam(groups))
     assert "differ in their hyperparameters" in summary["notes"][0] and summary["horizon"] is None
     assert summary["parameters"] == 17 and summary["bytes_per_parameter"]["extra_estimate"] == 4
