@@ -60,10 +60,12 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "ExtraAdam": (ExtraAdam, {}),
     "RL-Extra (20,100)": (ExtraAdam, PAPER),
 }
-# of the rule before, without a trust region; its rows stay, but can't be made any more
-BEFORE = [f"before: ExtraAdam{of}" for of in ("", " no rollback", " (5,25)", " (start 61)")]
+# of rules before, all but the last without a trust region; their rows stay, but can't be made any more
+BEFORE = [f"before: ExtraAdam{of}" for of in ("", " no rollback", " (5,25)", " (start 61)", " (k=10)")]
 COLOURS = dict(
-    zip([*OPTIMIZERS, *BEFORE], ("#64748b", "#0072b2", "#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7"))
+    zip(
+        [*OPTIMIZERS, *BEFORE], ("#64748b", "#0072b2", "#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
+    )
 )
 COURSE = ("chain_sum", "full", 1e-6, "fp32")  # what the README shows step by step
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few

@@ -68,7 +68,7 @@ STRONG = (
 )
 MORE = ("RL-Extra (100,100) kept", "RL-Extra (100,100) reset", "Outer Nesterov (0.7,0.5)", "EMA")
 LONG = ("RL-Extra (300,300) kept", "RL-Extra (300,300) reset")
-NEWER = ("AdEMAMix", "KL-adapted", "EMA-Nesterov (0.99,0.5,400)")
+NEWER = ("AdEMAMix", "KL-adapted")
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,26 @@ class Cell:
 
 Run = tuple[Cell, str, float, int]
 CELLS = (
-    Cell("addition", "GRPO", 512, "full", 240, (3e-5, 1e-4, 3e-4, 1e-3), STRONG + MORE, (1e-4, 3e-4)),
-    Cell("addition", "GRPO", 64, "full", 400, (1e-5, 3e-5, 1e-4, 3e-4), STRONG + MORE + LONG, (3e-5, 1e-4)),
+    Cell(
+        "addition",
+        "GRPO",
+        512,
+        "full",
+        240,
+        (3e-5, 1e-4, 3e-4, 1e-3),
+        STRONG + MORE + NEWER + ("EMA-Nesterov (0.99,0.5,240)",),
+        (1e-4, 3e-4),
+    ),
+    Cell(
+        "addition",
+        "GRPO",
+        64,
+        "full",
+        400,
+        (1e-5, 3e-5, 1e-4, 3e-4),
+        STRONG + MORE + LONG + NEWER + ("EMA-Nesterov (0.99,0.5,400)",),
+        (3e-5, 1e-4),
+    ),
     Cell("addition", "GRPO", 512, "LoRA", 160, (3e-4, 1e-3, 3e-3), STRONG[:2], (1e-3,)),
     Cell("addition", "REINFORCE++", 512, "full", 160, (1e-4, 3e-4, 1e-3), STRONG[:2], (3e-4,)),
     Cell("addition", "GSPO", 512, "full", 160, (3e-5, 1e-4, 3e-4), STRONG[:2], (3e-4,)),

@@ -127,7 +127,14 @@ def read(path: Path) -> list[Cell]:
     by_name: dict[str, list[Row]] = defaultdict(list)
     for row in json.loads(path.read_text()):
         by_name[name_of(row)].append(row)
-    return [Cell(rows) for rows in by_name.values()]
+    return [Cell(_paired(rows)) for rows in by_name.values()]
+
+
+def _paired(rows: list[Row]) -> list[Row]:
+    """Those of seeds that ExtraAdam has at each of its learning rates: the rest of a comparison under way waits."""
+    ours = [row for row in rows if row["optimizer"] == "ExtraAdam"]
+    by_lr = [{row["seed"] for row in ours if row["lr"] == lr} for lr in {row["lr"] for row in ours}]
+    return [row for row in rows if all(row["seed"] in seeds for seeds in by_lr)]
 
 
 def _table(header: list[str], lines: list[list[str]]) -> str:
