@@ -36,6 +36,7 @@ import transformers
 import typer
 from matplotlib.figure import Figure
 from peft import LoraConfig
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
@@ -295,6 +296,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     for axes in every:
         axes.set_axis_off()
     figure.savefig(path)
+    Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -330,7 +332,8 @@ def course(rows: list[dict[str, Any]]) -> str:
     lines = ["| seed | optimizer | " + " | ".join(f"{end - 9}-" if end < 100 else "91-100" for end in ends) + " |"]
     lines.append("|---|---|" + "---|" * len(ends))
     own = [r for r in rows if (r["task"], r["tuning"], r["lr"], r["settings"]["precision"]) == COURSE]
-    own = [r for r in own if r["optimizer"] in ("AdamW", "ExtraAdam")]
+    both = {r["seed"] for r in own if r["optimizer"] == "ExtraAdam"}
+    own = [r for r in own if r["optimizer"] in ("AdamW", "ExtraAdam") and r["seed"] in both]
     for row in sorted(own, key=lambda r: (r["seed"], r["optimizer"])):
         rewards = [statistics.mean(reward for _, reward in row["curve"][end - 10 : end]) for end in ends]
         minus = dict(map(tuple, row["minus"]))
