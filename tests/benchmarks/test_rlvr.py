@@ -154,7 +154,7 @@ def test_the_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -
     report = rlvr.report
     table = report.PAGE.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
     cells = report.read(FOLDER.parent / "results" / "rlvr.json")
-    assert table.strip() == report.summary(cells)
+    assert table.strip() == f"{report.summary(cells)}\n\n{report.bars(cells)}"
 
 
 def test_rows_of_machines_that_round_differently_are_not_put_into_one_file(rlvr: SimpleNamespace, tmp_path: Path):
