@@ -327,15 +327,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def course(rows: list[dict[str, Any]]) -> str:
-    """The README's table: reward in windows of ten steps, and the minus sign, run by run, at the conservative rate."""
-    ends = range(10, 101, 10)
-    lines = ["| seed | optimizer | " + " | ".join(f"{end - 9}-" if end < 100 else "91-100" for end in ends) + " |"]
+    """The README's table: reward in windows of steps, and the minus sign, run by run, at the conservative rate."""
+    ends = range(WINDOW, 101, WINDOW)
+    lines = ["| seed | optimizer | " + " | ".join(f"{end - WINDOW + 1}-{end}" for end in ends) + " |"]
     lines.append("|---|---|" + "---|" * len(ends))
     own = [r for r in rows if (r["task"], r["tuning"], r["lr"], r["settings"]["precision"]) == COURSE]
     both = {r["seed"] for r in own if r["optimizer"] == "ExtraAdam"}
     own = [r for r in own if r["optimizer"] in ("AdamW", "ExtraAdam") and r["seed"] in both]
     for row in sorted(own, key=lambda r: (r["seed"], r["optimizer"])):
-        rewards = [statistics.mean(reward for _, reward in row["curve"][end - 10 : end]) for end in ends]
+        rewards = [statistics.mean(reward for _, reward in row["curve"][end - WINDOW : end]) for end in ends]
         minus = dict(map(tuple, row["minus"]))
         lines.append(f"| {row['seed']} | {row['optimizer']} | " + " | ".join(f"{x:.2f}" for x in rewards) + " |")
         lines.append("|  | minus sign | " + " | ".join(f"{minus[end]:.2f}" for end in ends) + " |")

@@ -180,7 +180,7 @@ def test_the_readmes_sentences_on_the_language_model_are_those_of_its_rows() -> 
     """AdamW's level at its end, the steps at which both come to it, and the lengths of the jumps."""
     text = page("README.md")
     told = re.search(r"steps 131-150 \(([\d.]+) over twenty steps\) by step (\d+), AdamW first at step (\d+)", text)
-    jumps = re.search(r"Its jumps were (\d+) to (\d+) steps long", text)
+    jumps = re.search(r"Its jumps were (\d+) to (\d+)\s+steps long", text)
     if told is None or jumps is None:
         pytest.skip("README tells of something else by now")
     rows = [
