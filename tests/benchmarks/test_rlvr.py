@@ -138,6 +138,7 @@ def test_speed_is_steps_to_the_same_accuracy(rlvr: SimpleNamespace) -> None:
     assert dataclasses.is_dataclass(rlvr.compare.Cell)
 
 
+@pytest.mark.slow
 def test_on_addition_it_beats_adamw_at_the_same_learning_rate_and_does_not_collapse_at_three_times_the_best(
     rlvr: SimpleNamespace,
 ) -> None:
