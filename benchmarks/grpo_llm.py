@@ -206,7 +206,7 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
     )  # fmt: skip
     transformers.set_seed(config.seed)
     path = str(demo.bundled_model()) if preset.model == demo.BUNDLED else preset.model
-    kind, knobs = OPTIMIZERS[run["optimizer"]]
+    kind, hyperparameters = OPTIMIZERS[run["optimizer"]]
     bar = progress.add_task(
         f"{run['task']} {run['tuning']} {run['optimizer']} {run['lr']:g}", total=preset.steps, note=""
     )
@@ -224,7 +224,7 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
         callbacks=callbacks + [Minus(tokenizer)] * (preset.tasks[run["task"]][0] == ONE_DIGIT),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.optimizer_cls_and_kwargs = (kind, {"lr": run["lr"], "fused": True, **knobs})
+    trainer.optimizer_cls_and_kwargs = (kind, {"lr": run["lr"], "fused": True, **hyperparameters})
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
     # a run that was cut off after its last step takes one more when it resumes
     logs = [log for log in trainer.state.log_history if "reward" in log and log["step"] <= preset.steps]

@@ -118,7 +118,7 @@ def test_trainer_loses_the_anchor_on_resume(lora, tmp_path):
 
 def test_trainer_counts_micro_batches(tmp_path):
     """SWivid/F5-TTS#631: an average was updated per micro-batch instead of per optimizer step."""
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     run = HfRun(llama(), tmp_path, PAPER, max_steps=7, gradient_accumulation_steps=4, save_strategy="no")
     assert run.ends == [3, 6]
     assert {int(s["step"]) for s in run.optimizer.state.values()} == {7}
@@ -126,7 +126,7 @@ def test_trainer_counts_micro_batches(tmp_path):
 
 def test_trainer_skips_the_jump_after_max_grad_norm(tmp_path):
     """A clipped run jumps too, and the callbacks of a step see its weights."""
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     model = llama()
     start = [p.detach().clone() for p in model.parameters()]
     HfRun(model, tmp_path, PAPER, max_steps=3, max_grad_norm=1e-3, save_strategy="no")
@@ -209,7 +209,7 @@ def adapter_step(model: Any, optimizer: torch.optim.Optimizer, step: int) -> lis
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_weight_arithmetic_is_silently_wrong_for_this_adapter(kind):
     """peft#3761, PR #3449: rsLoRA and DoRA. The jump is plain arithmetic on whatever is trained."""
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="peft is not installed")
     model = adapted(kind)
     params = trainable(model)
     start = [p.detach().clone() for p in params]
@@ -232,7 +232,7 @@ def test_weight_arithmetic_is_silently_wrong_for_this_adapter(kind):
 
 def test_jumping_both_factors_adds_cross_terms():
     """peft#3004, #1155: the product of two jumped factors is the jumped product plus F(F - 1) dB dA, F = 1 + N/k."""
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="peft is not installed")
     model = adapted()
     params = trainable(model)
     optimizer = ExtraAdam(params, lr=1e-2, **PAPER)
@@ -256,7 +256,7 @@ def test_jumping_both_factors_adds_cross_terms():
 
 def test_lora_plus_makes_groups_that_break_the_optimizer():
     """peft's LoRA+ builds four groups, some of them empty, and passes our keywords on."""
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="peft is not installed")
     from peft.optimizers import create_loraplus_optimizer
 
     model = adapted()

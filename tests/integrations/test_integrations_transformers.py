@@ -19,7 +19,7 @@ from helpers import GATED, K, N, assert_same
 from ranks import WORLD, Ranks
 from test_bugs_trainers import llama, tokens
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
@@ -263,7 +263,7 @@ class Grpo:
         self.generated: list[int] = []
         self.ends = Ends()
         callbacks = options.pop("callbacks", [])
-        knobs = {"lr": 1e-3, **options.pop("knobs", WATCHED)}
+        hyperparameters = {"lr": 1e-3, **options.pop("hyperparameters", WATCHED)}
         trainer, config = (trl.RLOOTrainer, trl.RLOOConfig) if options.pop("rloo", False) else (
             trl.GRPOTrainer, trl.GRPOConfig
         )  # fmt: skip
@@ -287,9 +287,9 @@ class Grpo:
         if adamw:
             self.trainer.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"lr": 1e-3})
         elif watch:
-            use_extra_adam(self.trainer, **knobs)
+            use_extra_adam(self.trainer, **hyperparameters)
         else:
-            self.trainer.optimizer_cls_and_kwargs = (ExtraAdam, knobs)
+            self.trainer.optimizer_cls_and_kwargs = (ExtraAdam, hyperparameters)
         if not adamw:
             self.trainer.add_callback(self.ends)
         self.trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -305,7 +305,14 @@ class Grpo:
         ({"num_iterations": 2, "rloo": True, "beta": 0.0}, 4),
         ({"steps_per_generation": 5}, 5),
         ({"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 2}, 4),
-        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2, "knobs": {**WATCHED, "extra_every": 4}}, 6),
+        (
+            {
+                "steps_per_generation": 3,
+                "gradient_accumulation_steps": 2,
+                "hyperparameters": {**WATCHED, "extra_every": 4},
+            },
+            6,
+        ),
         ({"steps_per_generation": 1, "gradient_accumulation_steps": 2}, 3),
     ],
     ids=["plain", "iterations", "RLOO", "generation", "all", "within accumulation", "several in a step"],
@@ -313,7 +320,7 @@ class Grpo:
 def test_a_jump_falls_between_two_steps_on_one_batch_of_completions(
     options: dict[str, Any], every: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = options.get("knobs", WATCHED)["extra_every"]
+    asked = options.get("hyperparameters", WATCHED)["extra_every"]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="ExtraCallback")
         run = Grpo(tmp_path, max_steps=2 * every + 1, **options)
@@ -332,7 +339,12 @@ def test_a_jump_that_the_user_asks_for_is_not_logged(tmp_path: Path) -> None:
             if state.global_step in (4, 7):
                 assert optimizer.optimizer.jump().step == state.global_step
 
-    options = {"num_iterations": 2, "max_steps": 8, "logging_steps": 3, "knobs": {**WATCHED, "extra_every": 50}}
+    options = {
+        "num_iterations": 2,
+        "max_steps": 8,
+        "logging_steps": 3,
+        "hyperparameters": {**WATCHED, "extra_every": 50},
+    }
     with pytest.warns(RuntimeWarning, match="a cycle ended after step 7, between two steps"):
         run = Grpo(tmp_path, callbacks=[Jump()], **options)
     assert [log["step"] for log in run.logs if "extra/gate" in log] == [6, 8]
@@ -397,7 +409,7 @@ def test_a_run_resumed_without_cycles_of_its_own_ends_them_with_the_batches_of_c
     assert (checkpoint / "optimizer.pt").exists() == (saved != "save_only_model")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="ExtraCallback")
-        run = Grpo(tmp_path / "second", resume=checkpoint, max_steps=at + 9, knobs=OPEN, **options)
+        run = Grpo(tmp_path / "second", resume=checkpoint, max_steps=at + 9, hyperparameters=OPEN, **options)
     assert run.generated == [at, at + 4, at + 8] and list(run.ends.reports) == [at + 4, at + 8]
     assert run.ends.reports[at + 8].jumped > 0
     applied = 0 if saved == "save_only_model" else at
@@ -491,7 +503,7 @@ class Trials(TrainerCallback):
         self.weights.append([p.detach().clone() for p in model.parameters()])
 
 
-def searched(folder: Path, how: str, ours: bool, knobs: dict[str, Any]) -> Trials:
+def searched(folder: Path, how: str, ours: bool, hyperparameters: dict[str, Any]) -> Trials:
     """Three trials, each with hyperparameters and a model of its own, by AdamW or by ExtraAdam."""
     trials, number = Trials(), iter([0, 0, 1, 2])  # the Trainer makes a model when it is built, too
 
@@ -506,7 +518,7 @@ def searched(folder: Path, how: str, ours: bool, knobs: dict[str, Any]) -> Trial
         eval_dataset=rows()[:2], callbacks=[trials],
     )  # fmt: skip
     if ours:
-        use_extra_adam(trainer, **knobs)
+        use_extra_adam(trainer, **hyperparameters)
     if how == "optuna":
         import optuna
 

@@ -201,12 +201,12 @@ def test_two_optimizers_share_a_cycle(tmp_path: Path) -> None:
 
     pair = Pair()
     trainer = fit(pair, tmp_path, limit_train_batches=14, max_epochs=1, limit_val_batches=0)
-    for model, optimizer, seed, every, knobs in (
+    for model, optimizer, seed, every, hyperparameters in (
         (pair.one, trainer.optimizers[0], 1, 1, OPEN),
         (pair.two, trainer.optimizers[1], 2, 2, {"lr": 0.01, **PAPER}),
     ):
         alone = tiny_model(seed)
-        wanted = ExtraAdam(alone.parameters(), **knobs)
+        wanted = ExtraAdam(alone.parameters(), **hyperparameters)
         for i in range(0, 14, every):
             wanted.zero_grad()
             batch_loss(alone, i).backward()

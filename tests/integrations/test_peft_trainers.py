@@ -122,14 +122,14 @@ class Run:
     ) -> None:
         self.model = build(kind)
         self.start = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        knobs = {"lr": 1e-2, **rule}
-        how: dict[str, Any] = {"optimizer_cls_and_kwargs": (ExtraAdam, knobs)}
+        hyperparameters = {"lr": 1e-2, **rule}
+        how: dict[str, Any] = {"optimizer_cls_and_kwargs": (ExtraAdam, hyperparameters)}
         if kind == "LoRA+":
             groups = {"loraplus_lr_ratio": 4, "loraplus_lr_embedding": 1e-3, "loraplus_weight_decay": 0.1}
-            how = {"optimizers": (create_loraplus_optimizer(self.model, ExtraAdam, **groups, **knobs), None)}
+            how = {"optimizers": (create_loraplus_optimizer(self.model, ExtraAdam, **groups, **hyperparameters), None)}
         elif kind == "two adapters":
             params = [p for n, p in self.model.named_parameters() if "lora_" in n]
-            how = {"optimizers": (ExtraAdam(params, **knobs), None)}
+            how = {"optimizers": (ExtraAdam(params, **hyperparameters), None)}
         self.watch = Watch()
         switch = [Switch()] if kind == "two adapters" else []
         data = [{"input_ids": tokens(i)[0], "labels": tokens(i)[0]} for i in range(64)]

@@ -138,15 +138,22 @@ def ends(engine: Engine) -> list[int]:
 
 
 def test_a_configuration_of_names_and_overrides_is_refused_or_dropped():
-    knobs = {"extra_every": 20, "extra_steps": 99, "extra_beta": 0.0, "extra_gate": None, "extra_start": 3, "eps": 1e-6}
-    optimizer = build_optimizer(tiny_model().parameters(), config(override_optimizer_config=knobs))
+    hyperparameters = {
+        "extra_every": 20,
+        "extra_steps": 99,
+        "extra_beta": 0.0,
+        "extra_gate": None,
+        "extra_start": 3,
+        "eps": 1e-6,
+    }
+    optimizer = build_optimizer(tiny_model().parameters(), config(override_optimizer_config=hyperparameters))
     (group,) = optimizer.param_groups
     assert type(optimizer) is ExtraAdam
-    assert {key: group[key] for key in knobs} == knobs
+    assert {key: group[key] for key in hyperparameters} == hyperparameters
     assert group["lr"] == LR and group["weight_decay"] == 0.01 and list(group["betas"]) == [0.9, 0.999]
     defaults = ExtraAdam(tiny_model().parameters()).param_groups[0]
     (group,) = build_optimizer(tiny_model().parameters(), config(override_optimizer_config=None)).param_groups
-    assert all(group[key] == defaults[key] for key in knobs)
+    assert all(group[key] == defaults[key] for key in hyperparameters)
 
 
 def test_a_misspelt_override_trains_without_it():

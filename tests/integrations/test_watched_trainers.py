@@ -76,7 +76,7 @@ def test_a_trainer_that_compiles_its_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["SFT", "DPO", "KTO", "GRPO", "RLOO"])
 def test_trainers_of_trl(name: str, lora: bool, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install '.[hf]'")
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     from datasets import Dataset
     from test_peft_trainers import QUIET, TARGETS, TRL, words
     from transformers import LlamaForCausalLM
@@ -96,8 +96,8 @@ def test_trainers_of_trl(name: str, lora: bool, tmp_path: Path) -> None:
         processing_class=words(), train_dataset=Dataset.from_dict(data), **options,
         peft_config=peft.LoraConfig(**TARGETS) if lora else None,
     )  # fmt: skip
-    knobs = {"extra_gate": None} if name in ("GRPO", "RLOO") else {}  # their gradients are noise here
-    use_extra_adam(trainer, **knobs)
+    hyperparameters = {"extra_gate": None} if name in ("GRPO", "RLOO") else {}  # their gradients are noise here
+    use_extra_adam(trainer, **hyperparameters)
     ends = Ends()
     trainer.add_callback(ends)
     trainer.train()

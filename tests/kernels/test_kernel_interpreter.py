@@ -97,8 +97,8 @@ else:
             tensors += [torch.randn(5, 4, generator=generator).t(), torch.zeros(0, 3)]
             tensors += [torch.randn(4, 3, 2, generator=generator)[..., 0]]  # gaps
             params = [torch.nn.Parameter(t) for t in tensors]
-            knobs = {"extra_every": 3, "extra_steps": 9, "extra_beta": beta, "extra_gate": gate}
-            optimizer = ExtraAdam(params, lr=0.01, **knobs)
+            hyperparameters = {"extra_every": 3, "extra_steps": 9, "extra_beta": beta, "extra_gate": gate}
+            optimizer = ExtraAdam(params, lr=0.01, **hyperparameters)
             for _ in range(10):
                 for p in params:  # a slope with noise: a path that is worth a jump
                     p.grad = 1 + 0.3 * torch.randn(p.shape, dtype=p.dtype, generator=generator)

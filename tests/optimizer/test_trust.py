@@ -248,7 +248,7 @@ def test_outputs_of_another_shape_are_refused() -> None:
 
 
 def llama(seed: int = 0, vocabulary: int = 16, **options: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = {"num_key_value_heads": 1, "max_position_embeddings": 256, "pad_token_id": 0, **sizes, **options}

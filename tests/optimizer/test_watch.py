@@ -332,7 +332,7 @@ def test_a_step_that_is_compiled(no_recompiles: None) -> None:
 
 
 def adapter(**options: Any) -> Any:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     return peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=2, **options))
 
 
@@ -350,7 +350,7 @@ def test_an_adapter(watch: str) -> None:
 
 def test_virtual_tokens_of_prompt_tuning() -> None:
     """They come before the tokens, and the logits are so much longer."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     model = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     optimizer = ExtraAdam([p for p in model.parameters() if p.requires_grad], **{**OPEN, "lr": 0.1})
     watched(train(model, optimizer)[1:], 2)
@@ -461,7 +461,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], Callable[[int], dict[str, Any]]
 
 
 def built(kind: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     name, config, options, inputs = KINDS[kind]
     torch.manual_seed(0)
     return getattr(transformers, name)(getattr(transformers, config)(**options)), inputs
@@ -511,7 +511,9 @@ def test_a_cache_is_lengthened_by_looking_at_it() -> None:
     """That a user gives: such a pass is no one to look at."""
     model = llama()
     optimizer = ExtraAdam(model.parameters(), **OPEN)
-    cache = pytest.importorskip("transformers").DynamicCache(config=model.config)
+    cache = pytest.importorskip("transformers", reason="transformers is not installed").DynamicCache(
+        config=model.config
+    )
     with pytest.warns(RuntimeWarning, match="without a forward pass"):
         for step in range(EVERY):
             optimizer.zero_grad()
@@ -616,7 +618,7 @@ class Hidden(nn.Module):
 
 
 def regression() -> Any:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     options = {**SMALL, **ENCODER, "num_labels": 1}
     torch.manual_seed(0)
     return transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**options))
@@ -968,7 +970,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def family(name: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     kinds = {c.lower(): c for c in dir(transformers)}
     for task, inputs in (("forcausallm", batch), ("lmheadmodel", batch), ("forimageclassification", images)):
         if name.lower() + task in kinds and name.lower() + "config" in kinds:

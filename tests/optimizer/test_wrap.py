@@ -865,7 +865,7 @@ def test_accelerate_keeps_the_cycle(name):
 
 @pytest.mark.parametrize("name", ["SGD with momentum", "schedule-free AdamW"])
 def test_the_trainer_of_transformers_keeps_the_cycle_on_resume(name, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:

@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+peft = pytest.importorskip("peft", reason="peft is not installed")
 tokenizers = pytest.importorskip("tokenizers")
 
 from extraopt.tools.decoding import LogitsExtrapolation, extrapolate  # noqa: E402

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from extraopt.tools.decoding import LogitsExtrapolation  # noqa: E402
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+peft = pytest.importorskip("peft", reason="peft is not installed")
 tokenizers = pytest.importorskip("tokenizers")
 
 from extraopt.tools.checkpoints import CheckpointError  # noqa: E402
