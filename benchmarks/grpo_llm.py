@@ -3,6 +3,7 @@
     python benchmarks/grpo_llm.py --json FILE                   # SmolLM2-135M: hours on 2 cores
     python benchmarks/grpo_llm.py --preset qwen --json FILE     # a GPU and the hub
     python benchmarks/grpo_llm.py --preset paper --json FILE    # the paper's model and settings
+    python benchmarks/grpo_llm.py --preset paper --dry-run      # on tiny random weights: before hours of a GPU
     python benchmarks/grpo_llm.py --report FILE                 # table and picture of what FILE has
     python benchmarks/grpo_llm.py --report FILE --page          # and the tables in docs/results.md and README
 
@@ -22,6 +23,7 @@ import math
 import platform
 import shutil
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable
@@ -114,6 +116,7 @@ PRESETS = {
         options={"use_vllm": True, "vllm_mode": "colocate", "loss_type": "grpo", "weight_decay": 0.01},
     ),
 }  # fmt: skip
+PRESETS["qwen-1.5b"] = replace(PRESETS["qwen"], model="Qwen/Qwen2.5-1.5B-Instruct")
 
 
 class Clock(TrainerCallback):
@@ -126,10 +129,11 @@ class Clock(TrainerCallback):
         self.last = time.perf_counter()
 
     def on_log(self, args, state, control, logs, **kwargs):
-        if "reward" in logs:
+        if "loss" in logs:  # a step's log; the one at the end of training has averages
             now = time.perf_counter()
             state.log_history[-1]["seconds"], self.last = now - self.last, now
-            self.progress.update(self.bar, completed=state.global_step, note=f"reward {logs['reward']:.2f}")
+            note = {"note": f"reward {logs['reward']:.2f}"} if "reward" in logs else {}
+            self.progress.update(self.bar, completed=state.global_step, **note)
 
 
 class Minus(TrainerCallback):
@@ -184,8 +188,10 @@ def load(preset: Preset, task: str, seed: int) -> tuple[list[dict[str, Any]], An
     return rows, score
 
 
-def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """One run, as a row of the results."""
+def train(
+    preset: Preset, run: dict[str, Any], folder: Path, progress: Progress, more: Iterable[TrainerCallback] = ()
+) -> dict[str, Any]:
+    """One run, as a row of the results; `more` callbacks watch it."""
     rows, score = load(preset, run["task"], run["seed"])
 
     def reward(completions: list[Any], truth: list[Any], **kwargs: Any) -> list[float]:
@@ -210,7 +216,7 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
     bar = progress.add_task(
         f"{run['task']} {run['tuning']} {run['optimizer']} {run['lr']:g}", total=preset.steps, note=""
     )
-    callbacks: list[TrainerCallback] = [Clock(progress, bar)]
+    callbacks: list[TrainerCallback] = [Clock(progress, bar), *more]
     if kind is ExtraAdam:
         callbacks.append(ExtraCallback())
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -227,7 +233,9 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
     trainer.optimizer_cls_and_kwargs = (kind, {"lr": run["lr"], "fused": True, **hyperparameters})
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
     # a run that was cut off after its last step takes one more when it resumes
-    logs = [log for log in trainer.state.log_history if "reward" in log and log["step"] <= preset.steps]
+    logs = [log for log in trainer.state.log_history if "loss" in log and log["step"] <= preset.steps]
+    for before, log in zip(logs, logs[1:]):  # where several steps learn from the same completions, one logs the reward
+        log.update({key: before[key] for key in ("reward", "entropy") if key not in log})
     minus = [[log["step"], log["minus"]] for log in trainer.state.log_history if "minus" in log]
     told = ("coherence", "gate", "length", "kl", "fall")
     jumps = [
@@ -245,6 +253,37 @@ def train(preset: Preset, run: dict[str, Any], folder: Path, progress: Progress)
         **({"minus": minus} if minus else {}),
         "seconds": round(sum(log["seconds"] for log in logs), 1),
     }
+
+
+def rehearse(preset: Preset, folder: Path) -> None:
+    """Every kind of run of a preset, on tiny random weights of its architecture: raises where a real one would."""
+    from dry_run import ARCHITECTURES, tiny
+
+    if preset.model not in ARCHITECTURES:
+        raise typer.BadParameter(f"no dry run of {preset.model}: it needs no hub", param_hint="--dry-run")
+    GRPOConfig(
+        str(folder / "options"), use_cpu=True, bf16=False, **preset.options
+    )  # vLLM's too, which is left out below
+    small = tiny(preset, folder)
+    if not (torch.cuda.is_available() and importlib.util.find_spec("vllm")):
+        small = replace(small, options={k: v for k, v in small.options.items() if "vllm" not in k})
+    settings = {"model": small.model, "steps": small.steps, "completions": 8, "precision": "fp32"}
+    with Progress(*Progress.get_default_columns(), "{task.fields[note]}", console=Console(stderr=True)) as progress:
+        for tuning, lrs in small.lrs.items():
+            for task in small.tasks:
+                for name in OPTIMIZERS:
+                    run = {
+                        "optimizer": name,
+                        "settings": settings,
+                        "task": task,
+                        "tuning": tuning,
+                        "lr": lrs[0],
+                        "seed": 0,
+                    }
+                    row = train(small, run, folder / "run", progress)
+                    if len(row["curve"]) != small.steps:
+                        raise RuntimeError(f"{len(row['curve'])} of {small.steps} steps were logged: {run}")
+                    print(f"{preset.model}, {tuning}, {name}: {small.steps} tiny steps, {len(row['jumps'])} cycles")
 
 
 def level(rows: Iterable[dict[str, Any]], end: int) -> float:
@@ -365,6 +404,9 @@ def main(
         Path | None, typer.Option("--report", help="Only the table and picture of this file.")
     ] = None,
     page: Annotated[bool, typer.Option("--page", help="Put the tables of --report into their pages.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tiny random weights, made-up data; keeps nothing.")
+    ] = False,
 ) -> None:
     """Train a language model by GRPO with each optimizer, and compare rewards."""
     if report_file is not None:
@@ -379,6 +421,10 @@ def main(
     chosen = PRESETS[preset]
     given = {"steps": steps, "group": group}
     chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            rehearse(chosen, Path(folder))
+        return
     settings = {
         "model": chosen.model,
         "steps": chosen.steps,

@@ -50,7 +50,8 @@ class SaveWeights(TrainerCallback):
         model.save_pretrained(self.folder / f"checkpoint-{step}", state_dict=state)
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        self.save(model, 0)
+        if state.global_step == 0:  # else a run that was cut off goes on
+            self.save(model, 0)
 
     def on_step_end(self, args, state, control, model, **kwargs):
         if state.global_step % self.every == 0:
