@@ -5,7 +5,7 @@
     python benchmarks/grpo_llm.py --preset paper --json FILE    # the paper's model and settings
     python benchmarks/grpo_llm.py --preset paper --dry-run      # on tiny random weights: before hours of a GPU
     python benchmarks/grpo_llm.py --report FILE                 # table and picture of what FILE has
-    python benchmarks/grpo_llm.py --report FILE --page          # and the tables in docs/results.md and README
+    python benchmarks/grpo_llm.py --report FILE --page          # and the tables in docs/results.md
 
 The trainer is TRL's own. Each run is written to FILE when it ends and is not repeated; one that was cut off resumes
 from its last checkpoint. A run's curve is the mean reward of each step's completions, sampled before the step; its
@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
-from extraopt import ExtraAdam
+from extraopt import ExtraAdam, gate
 from extraopt.integrations.transformers import ExtraCallback
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "grpo_smollm2.py"
@@ -55,22 +55,24 @@ demo = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(demo)
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
-README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- made by benchmarks/grpo_llm.py -->", "<!-- end of grpo_llm -->"
 PAPER = {"extra_every": 20, "extra_steps": 100, "extra_beta": 0.0, "extra_gate": None, "extra_kl": None}
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {}),
     "ExtraAdam": (ExtraAdam, {}),
     "RL-Extra (20,100)": (ExtraAdam, PAPER),
+    "ExtraAdam without g^2": (ExtraAdam, {}),  # in the weight of the newest drift
 }
 # of rules before, all but the last without a trust region; their rows stay, but can't be made any more
 BEFORE = [f"before: ExtraAdam{of}" for of in ("", " no rollback", " (5,25)", " (start 61)", " (k=10)")]
 COLOURS = dict(
     zip(
-        [*OPTIMIZERS, *BEFORE], ("#64748b", "#0072b2", "#000000", "#d55e00", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
+        [*OPTIMIZERS, *BEFORE],
+        "#64748b #0072b2 #000000 #882255 #d55e00 #e69f00 #009e73 #cc79a7 #56b4e9".split(),
+        strict=True,
     )
 )
-COURSE = ("chain_sum", "full", 1e-6, "fp32")  # what the README shows step by step
+COURSE = ("chain_sum", "full", 1e-6, "fp32")  # what the README shows
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few
 EARLY = (40, 60)  # steps up to which the table has a level, besides the end
 
@@ -213,6 +215,7 @@ def train(
     transformers.set_seed(config.seed)
     path = str(demo.bundled_model()) if preset.model == demo.BUNDLED else preset.model
     kind, hyperparameters = OPTIMIZERS[run["optimizer"]]
+    gate.NEWEST = 0.0 if run["optimizer"].endswith("without g^2") else 1.0
     bar = progress.add_task(
         f"{run['task']} {run['tuning']} {run['optimizer']} {run['lr']:g}", total=preset.steps, note=""
     )
@@ -298,44 +301,47 @@ def where(row: dict[str, Any]) -> tuple[str, str, int, str]:
 
 
 def values(row: dict[str, Any], what: str) -> list[list[float]]:
-    """[[step, value], ...] of a row's reward, entropy or minus; of the first two, means of `WINDOW` steps."""
+    """[[step, value], ...] of a row's reward, entropy, minus or length; of the first two, means of `WINDOW` steps."""
     if what == "minus":
         return row.get(what, [])
+    if what == "length":
+        return [[jump[0], jump[3]] for jump in row["jumps"] if len(jump) > 3]
     each = [reward for _, reward in row["curve"]] if what == "reward" else row.get(what, [])
     return [[s, statistics.mean(each[s - WINDOW : s])] for s in range(WINDOW, len(each) + 1)]
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Reward, entropy and minus by step, each in panels by place: means over seeds of each optimizer's longest runs."""
+    """AdamW and ExtraAdam where both have run: a line of panels for each place and learning rate, a line each seed."""
     labels = {
         "reward": f"reward, mean of {WINDOW} steps",
-        "entropy": f"entropy (nats a token), mean of {WINDOW} steps",
+        "entropy": "entropy, nats a token",
         "minus": "probability of a minus sign\nbefore negative answers",
+        "length": "length of the jump in steps",
     }
-    every_place = sorted(set(map(where, rows)))
-    panels = [(p, w) for w in labels for p in every_place if any(values(row, w) for row in rows if where(row) == p)]
-    height = math.ceil(len(panels) / 2) or 1
-    figure = Figure(figsize=(11, 3.6 * height), dpi=110, layout="constrained")
-    every = iter(figure.subplots(height, 2, squeeze=False).flat)
-    for (place, what), axes in zip(panels, every):
-        here = [row for row in rows if where(row) == place and values(row, what)]
-        for name, lr in sorted({(row["optimizer"], row["lr"]) for row in here}):
-            own = [row for row in here if (row["optimizer"], row["lr"]) == (name, lr)]
-            longest = max(row["settings"]["steps"] for row in own)
-            curves = [values(row, what) for row in own if row["settings"]["steps"] == longest]
-            mean = statistics.geometric_mean if what == "minus" else statistics.mean
-            points = [(points[0][0], mean(value for _, value in points)) for points in zip(*curves)]
-            style = ("-", "--", ":")[sorted({row["lr"] for row in here}).index(lr)]
-            label = f"{name}, lr {lr:g} ({len(curves)} seed{'s' * (len(curves) > 1)})"
-            axes.plot(*zip(*points), color=COLOURS[name], ls=style, label=label)
-        axes.set(title="{}, {}, {} completions a step, {}".format(*place), xlabel="optimizer step", ylabel=labels[what])
-        axes.set_yscale("log" if what == "minus" else "linear")
-        axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in every:
-        axes.set_axis_off()
+    shown = [row for row in rows if row["optimizer"] in ("AdamW", "ExtraAdam")]
+    cells = sorted({(where(row), row["lr"]) for row in shown if row["optimizer"] == "ExtraAdam"})
+    figure = Figure(figsize=(13, 3.2 * len(cells)), dpi=100, layout="constrained")
+    for cell, part in zip(cells, figure.subfigures(len(cells), 1, squeeze=False).flat):
+        (task, tuning, completions, precision), lr = cell
+        title = f"{task}, {tuning}, learning rate {lr:g}, {completions} completions a step, {precision}"
+        part.suptitle(title, x=0.005, ha="left", fontsize=11)
+        line = part.subplots(1, len(labels))
+        here = [row for row in shown if (where(row), row["lr"]) == cell]
+        seeds = sorted({row["seed"] for row in here if row["optimizer"] == "ExtraAdam"})
+        for (what, label), axes in zip(labels.items(), line):
+            for row in sorted(here, key=lambda row: row["optimizer"]):
+                points = values(row, what)
+                if row["seed"] not in seeds or not points:
+                    continue
+                style = ("-", "--", ":", "-.")[seeds.index(row["seed"])]
+                name = f"{row['optimizer']}, seed {row['seed']}"
+                axes.plot(*zip(*points), color=COLOURS[row["optimizer"]], ls=style, label=name)
+            axes.set(xlabel="optimizer step", ylabel=label)
+            axes.set_yscale("log" if what == "minus" else "linear")
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
-    Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -366,7 +372,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def course(rows: list[dict[str, Any]]) -> str:
-    """The README's table: reward in windows of steps, and the minus sign, run by run, at the conservative rate."""
+    """Reward in windows of steps, and the minus sign, run by run, at the conservative rate."""
     ends = range(WINDOW, 101, WINDOW)
     lines = ["| seed | optimizer | " + " | ".join(f"{end - WINDOW + 1}-{end}" for end in ends) + " |"]
     lines.append("|---|---|" + "---|" * len(ends))
@@ -381,12 +387,18 @@ def course(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def tables(rows: list[dict[str, Any]]) -> str:
+    return f"{table(rows)}\n\nRun by run at learning rate {COURSE[2]:g}, all weights, fp32:\n\n{course(rows)}"
+
+
 def report(rows: list[dict[str, Any]], path: Path, page: bool = False) -> None:
     picture(rows, path)
+    front = [row for row in rows if (row["task"], row["tuning"], row["lr"], row["settings"]["precision"]) == COURSE]
+    picture(front, path.with_stem(f"{path.stem}_front"))
     print(table(rows))
-    for file, made in ((PAGE, table(rows)), (README, course(rows))) if page else ():
-        before, _, rest = file.read_text().partition(BEGIN)
-        file.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
+    if page:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{tables(rows)}\n{END}{rest.partition(END)[2]}")
 
 
 def main(
@@ -445,7 +457,7 @@ def main(
         for tuning, lrs in chosen.lrs.items()
         for task in chosen.tasks
         for name in OPTIMIZERS
-        for lr in (lrs if name in ("AdamW", "ExtraAdam") else lrs[:1])
+        for lr in (lrs if name.startswith(("AdamW", "ExtraAdam")) else lrs[:1])
     ]
     wanted = {(run["task"], run["tuning"], run["optimizer"], f"{run['lr']:g}", str(run["seed"])): run for run in runs}
     wanted = {words: run for words, run in wanted.items() if set(only) <= set(words)}

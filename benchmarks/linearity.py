@@ -23,6 +23,7 @@ import torch
 import transformers
 import typer
 from peft import LoraConfig
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -114,6 +115,8 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+SHOWN = ("skill", "tokens")  # of the tool's pictures, by the README beside the results
+
 # name: how to train, steps, save every, dtype of the checkpoints
 RUNS: dict[str, tuple[Callable[[Path, int, SaveWeights], None], int, int, torch.dtype]] = {
     "grpo-lora": (lambda *a: grpo(*a, lr=1e-4, lora=True), 52, 4, torch.float32),
@@ -158,8 +161,13 @@ def main(
         ]
         shown = subprocess.run([*command, "--plots", str(out / name)], check=True, stdout=subprocess.PIPE, text=True)
         report = json.loads(shown.stdout)
-        del report["tensors"]  # hundreds; the picture of the layers shows them
+        del report["tensors"]  # hundreds
         report["logs"] = json.loads((folder / "logs.json").read_text())
+        for picture in (out / name).glob("*.png"):
+            if picture.stem in SHOWN:
+                Image.open(picture).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(picture, optimize=True)
+            else:
+                picture.unlink()
         (out / name / "report.json").write_text(json.dumps(rounded(report)) + "\n")
         print(f"{name}\n\n" + "\n".join(report["verdict"]) + "\n", flush=True)
 

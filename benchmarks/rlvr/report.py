@@ -14,6 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 Row = dict[str, Any]
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 LONG = 400  # steps; longer budgets are cells of their own
@@ -276,8 +278,9 @@ def picture(cell: Cell, path: Path) -> None:
     left.legend()
     right.legend()
     figure.suptitle(f"{cell.name} (median and range over seeds)")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def overview(cells: list[Cell], path: Path) -> None:
@@ -303,8 +306,9 @@ def overview(cells: list[Cell], path: Path) -> None:
     axes.set(xlabel="AdamW's steps to its final accuracy / ExtraAdam's steps to it (0: not reached)", xlim=(-0.1, None))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main() -> None:
@@ -313,13 +317,16 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="put the summary into docs/results.md")
     args = parser.parse_args()
     cells = read(args.results)
-    text = "\n\n".join(["# The comparison, cell by cell", summary(cells), bars(cells), *map(details, cells)]) + "\n"
-    args.results.with_suffix(".md").write_text(text)
     folder = args.results.with_suffix("")
     folder.mkdir(exist_ok=True)
-    for i, cell in enumerate(cells):
-        picture(cell, folder / f"{i}-{cell.name.split(',')[0]}.png")
     overview(cells, folder / "overview.png")
+    parts = ["# The comparison, cell by cell", f"![Speed in each cell]({folder.name}/overview.png)"]
+    parts += [summary(cells), bars(cells)]
+    for i, cell in enumerate(cells):
+        path = folder / f"{i}-{cell.name.split(',')[0]}.png"
+        picture(cell, path)
+        parts += [details(cell), f"![Curves, and accuracies at the end]({folder.name}/{path.name})"]
+    args.results.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print(summary(cells), bars(cells), sep="\n\n")
     if args.page:
         before, _, rest = PAGE.read_text().partition(BEGIN)

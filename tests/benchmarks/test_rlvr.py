@@ -179,16 +179,14 @@ def test_an_error_shows_only_after_all_other_runs(rlvr: SimpleNamespace) -> None
     assert runs[-1].cancelled()
 
 
-def test_the_language_models_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -> None:
+def test_the_language_models_tables_are_those_of_the_results(rlvr: SimpleNamespace) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install 'extraopt[demo]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER.parent))
         import grpo_llm
     table = grpo_llm.PAGE.read_text().partition(grpo_llm.BEGIN)[2].partition(grpo_llm.END)[0]
     rows = json.loads((FOLDER.parent / "results" / "grpo_llm.json").read_text())
-    assert table.strip() == grpo_llm.table(rows)
-    course = grpo_llm.README.read_text().partition(grpo_llm.BEGIN)[2].partition(grpo_llm.END)[0]
-    assert course.strip() == grpo_llm.course(rows)
+    assert table.strip() == grpo_llm.tables(rows)
 
 
 def test_rare_answers_are_the_negative_ones_and_only_they_lose_their_sign(rlvr: SimpleNamespace) -> None:

@@ -47,3 +47,23 @@ def test_each_page_is_in_a_table_of_contents() -> None:
 def test_anchors_are_named_as_github_names_them() -> None:
     text = "# One\n\n## `f(x)` and [the rest](a.md)\n\n```\n# no heading\n```\n\n## One\n"
     assert anchors(text) == {"one", "fx-and-the-rest", "one-1"}
+
+
+LARGE = {"benchmarks/results/rlvr.json"}  # a row for each of hundreds of runs
+MOST = 300_000  # bytes
+
+
+def test_files_are_small_but_for_those_that_are_named_here(tracked: set[str]) -> None:
+    sizes = {path: (ROOT / path).stat().st_size for path in tracked if (ROOT / path).is_file()}
+    assert {path for path, size in sizes.items() if size > MOST} <= LARGE
+
+
+def test_each_picture_is_shown_by_a_page(tracked: set[str]) -> None:
+    pages = [*PAGES, *map(ROOT.joinpath, (path for path in tracked if path.endswith(".md")))]
+    shown = {(page.parent / link.partition("#")[0]).resolve() for page in pages for link in links(read(page))}
+    pictures = {ROOT / path for path in tracked if Path(path).suffix in {".png", ".svg", ".gif"}}
+    assert {path.relative_to(ROOT).as_posix() for path in pictures - shown} == set()
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len(read(ROOT / "README.md").split()) <= 1500
