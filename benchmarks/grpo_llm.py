@@ -341,7 +341,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
         line[0].legend(frameon=False, fontsize=8)
     figure.savefig(path)
-    Image.open(path).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

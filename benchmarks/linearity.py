@@ -165,7 +165,9 @@ def main(
         report["logs"] = json.loads((folder / "logs.json").read_text())
         for picture in (out / name).glob("*.png"):
             if picture.stem in SHOWN:
-                Image.open(picture).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(picture, optimize=True)
+                Image.open(picture).convert("RGB").quantize(
+                    128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+                ).save(picture, optimize=True)
             else:
                 picture.unlink()
         (out / name / "report.json").write_text(json.dumps(rounded(report)) + "\n")

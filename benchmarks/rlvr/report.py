@@ -280,7 +280,9 @@ def picture(cell: Cell, path: Path) -> None:
     figure.suptitle(f"{cell.name} (median and range over seeds)")
     figure.savefig(path, dpi=100)
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
 
 
 def overview(cells: list[Cell], path: Path) -> None:
@@ -308,7 +310,9 @@ def overview(cells: list[Cell], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
-    Image.open(path).convert("RGB").quantize(32, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(path).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        path, optimize=True
+    )
 
 
 def main() -> None:
