@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -117,6 +118,11 @@ def shaped(state: Mapping[str, Any], p: Tensor) -> bool:
     return all(getattr(state[key], "shape", None) == p.shape for key in TENSORS & state.keys())
 
 
+def _others_fit(state: Mapping[str, Any], p: Tensor) -> bool:
+    """Whether an entry of the optimizer's own is of the shape of `p`: then it is not the state of another parameter."""
+    return any(isinstance(t, Tensor) and t.dim() and t.shape == p.shape for k, t in state.items() if k not in TENSORS)
+
+
 def forget_cycle(state: dict[str, Any]) -> None:
     """Leave of a parameter's state what its optimizer put there, and its count of applied steps."""
     for key in TENSORS | NUMBERS - {"extra_step"}:
@@ -207,6 +213,8 @@ def _is_count(value: Any) -> bool:
 def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> None:
     """Check the entries of a parameter's cycles. Without one that they need it has none, and will start a new one.
 
+    So it does, with a warning, where anchor or estimate are of another shape but the optimizer's own entries fit.
+
     Args:
         state: of the parameter, as loaded.
         p: the parameter.
@@ -221,6 +229,13 @@ def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> No
             state[key] = state[key].tensor
     for key in NUMBERS & state.keys():
         state[key] = _plain(key, state[key])
+    if not shaped(state, p) and _others_fit(state, p):
+        warnings.warn(
+            f"extraopt: {name} was pruned or grown after its last step and then saved: a new cycle starts there.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        forget_cycle(state)
     for key in TENSORS & state.keys():
         _check_like(state[key], p, f"{key} of {name}")
     step, origin = state.get(counter), state.get("extra_origin", 0)

@@ -92,11 +92,12 @@ def test_a_wrong_hyperparameter_in_a_checkpoint_is_refused():
 
 
 @pytest.mark.parametrize("key", ["extra_anchor", "extra_estimate"])
-def test_a_checkpoint_whose_anchor_has_another_shape_is_refused(key):
+def test_a_checkpoint_of_another_parameter_is_refused(key):
     optimizer = ExtraAdam(params((3,), (2, 2)))
     run(optimizer, 2)
     state = copy.deepcopy(optimizer.state_dict())
-    state["state"][1][key] = torch.zeros(4)
+    for entry in key, "exp_avg", "exp_avg_sq":
+        state["state"][1][entry] = torch.zeros(4)
     before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
     with pytest.raises(ValueError, match=rf"{key} of parameter 1 in group 0 has shape \(4,\).*\(2, 2\)"):
         optimizer.load_state_dict(state)

@@ -312,6 +312,29 @@ def test_a_copy_made_between_surgery_and_the_next_step_goes_on_like_the_optimize
 
 
 @every_maker
+@every_way
+def test_a_state_saved_between_surgery_and_the_next_step_loads_and_the_parameter_starts_a_new_cycle(
+    make: Any, way: Surgery
+) -> None:
+    params = parameters()
+    optimizer = make(named(params), **GATED)
+    for i in range(K + 1):
+        step(optimizer, params, i)
+    params[0] = way(optimizer, params[0], cut)
+    others = [Parameter(p.detach().clone()) for p in params]
+    resumed = make(named(others), **GATED)
+    with pytest.warns(RuntimeWarning, match="parameter 0 in group 0 was pruned or grown after its last step"):
+        resumed.load_state_dict(reload(optimizer.state_dict()))
+    assert "extra_anchor" not in resumed.state[others[0]] and "extra_anchor" in resumed.state[others[1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the running optimizer tells of its own
+        for i in range(K + 1, STEPS):
+            step(optimizer, params, i)
+            step(resumed, others, i)
+    assert_same(params, others)
+
+
+@every_maker
 def test_a_frozen_parameter_is_pruned_without_a_word_until_it_moves(make: Any) -> None:
     params = parameters()
     optimizer = make(named(params), **PAPER)
