@@ -14,8 +14,8 @@ from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
 from .hyperparameters import DEFAULTS, check_hyperparameters
-from .mixin import CycleMixin, Ending, momentum_of, unhooked_step
-from .schedule import FAR, read_counters
+from .mixin import CycleMixin, Ending, endings, momentum_of, unhooked_step
+from .schedule import read_counters
 from .state import (
     all_or_nothing,
     check_cycle,
@@ -24,7 +24,6 @@ from .state import (
     forget_cycle,
     here,
     modernize,
-    read_numbers,
     shaped,
     shielded,
     upgraded,
@@ -145,13 +144,14 @@ class ExtraAdam(AdamW, CycleMixin):
         cycle at its next step.
 
     Raises:
-        ValueError: a hyperparameter outside its range; a loaded state whose cycles no step could go on from, such as an
-            anchor of another shape than its parameter (the optimizer is left as it was).
+        ValueError: a hyperparameter outside its range; a loaded state whose cycles no step could go on from, such as
+            that of another parameter (the optimizer is left as it was).
         RuntimeError: sparse gradients.
 
     Warns:
         RuntimeWarning: a step is captured in a CUDA graph.
-        RuntimeWarning: a parameter was pruned, grown or cast in mid-run and starts a new cycle; names it.
+        RuntimeWarning: a parameter was pruned, grown or cast in mid-run, or just before its state was saved, and starts
+            a new cycle; names it.
         RuntimeWarning: the model can't be watched, or failed on its inputs; says why and what to do. Once each.
         RuntimeWarning: a tensor was refused because its weights, anchor or drift are not finite or its jump could
             overflow its dtype. Its weights are left as AdamW made them and a new cycle starts from there.
@@ -360,26 +360,7 @@ class ExtraAdam(AdamW, CycleMixin):
                 stacklevel=3,
             )
             return
-        steps = read_counters([state["step"] for _, state in everything])
-        counts = zip(steps, read_numbers([state for _, state in everything], "extra_origin"))
-        left, due, before, ended = FAR, [], self._schedule.ended, {}
-        for group, pairs in zip(self.param_groups, stepped):
-            every = group["extra_every"]
-            ends: list[Ending] = []
-            for (p, state), (step, origin) in zip(pairs, counts):
-                elapsed = step - origin
-                left = min(left, every - elapsed % every)
-                if elapsed <= 0 or elapsed % every:
-                    continue
-                ended[id(p)] = step
-                if before.get(id(p)) != step:  # else a step that was skipped, or is not counted any more
-                    ends.append((p, state, step))
-            due.append((group, ends))
-        found_inf = getattr(self, "found_inf", None)
-        if any(ends for _, ends in due) and not (found_inf is not None and bool(found_inf)):
-            self._end(self._batches(due))
-        self._schedule.ended = ended
-        self._schedule.keep(self.param_groups, self.state, left, stepped, steps[0] if steps else 0)
+        self._end_those_due(stepped, read_counters([state["step"] for _, state in everything]))
 
     def _applied_steps(self, p: Tensor) -> int:
         state = self.state.get(p)
@@ -394,5 +375,4 @@ class ExtraAdam(AdamW, CycleMixin):
             pairs = [(p, self.state.get(p, {})) for p in group["params"]]
             anchored = [(p, state) for p, state in pairs if "extra_anchor" in state]
             if anchored:
-                steps = read_counters([state["step"] for _, state in anchored])
-                yield group, [(p, state, step) for (p, state), step in zip(anchored, steps)]
+                yield group, endings(anchored, read_counters([state["step"] for _, state in anchored]))

@@ -122,7 +122,7 @@ class _Jump:
         self.opens = gates.openness(gates.coherence(sums), batch.gate, gates.noise_floor(cov, var))
         self.weights = gates.plain_weights(torch.tensor(batch.seen), batch.beta)
         if batch.gate is not None:
-            self.weights = torch.maximum(self.weights, self.opens.pow(gates.NEWEST).where(may, 0.0))
+            self.weights = torch.maximum(self.weights, (gates.NEWEST * self.opens.square()).where(may, 0.0))
         self.norms = gates.averaged_norm(sums, self.weights)
         self.drift_sq = float(self.norms[self.finite].square().sum())
         retreats = gates.retreats(sums, self.opens).where(may, 0.0)

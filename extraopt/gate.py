@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 RETREAT = 0.5  # part of its drift that a tensor takes back where its gate is shut: Lookahead with alpha = 1 - RETREAT
-NEWEST = 2.0  # power of a gate: the weight at least of the newest drift in the estimate
+NEWEST = 1.0  # of a gate's square: the weight at least of the newest drift in the estimate
 LARGE = 0.01  # a drift as a part of its weights; of what is smaller the retreat is in proportion less
 
 
@@ -150,5 +150,6 @@ def overflows(sums: Tensor, jumps: Tensor, dtypes: list[torch.dtype]) -> Tensor:
 
     No element of a sum is larger than the sum of the norms.
     """
-    limits = torch.tensor([torch.finfo(dtype).max for dtype in dtypes], dtype=torch.float64)
+    largest = {dtype: torch.finfo(dtype).max for dtype in set(dtypes)}
+    limits = torch.tensor([largest[dtype] for dtype in dtypes], dtype=torch.float64)
     return sums[:, 3].sqrt() + jumps > limits

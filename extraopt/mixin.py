@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .extrapolation import CycleBatch, JumpReport, end_cycle
-from .schedule import Schedule
+from .schedule import FAR, Schedule, Stepped
 from .state import (
     forget_cycle,
     keeps_estimate,
@@ -43,15 +44,17 @@ def momentum_of(group: Mapping[str, Any]) -> float:
     return min(max(momentum, 0.0), 0.9999) if momentum == momentum else 0.0
 
 
-Ending = tuple[Tensor, dict[str, Any], int]  # a parameter, its state, its applied steps
+Ending = tuple[Tensor, dict[str, Any], int, int]  # a parameter, its state, its applied steps, its cycles' origin
 
 
-def _origins(ends: Sequence[Ending]) -> list[int]:
-    return read_numbers([state for _, state, _ in ends], "extra_origin")
+def endings(pairs: Sequence[Stepped], steps: Sequence[int]) -> list[Ending]:
+    """Parameters that have an anchor, with their states and applied steps, and what the states say of their origins."""
+    origins = read_numbers([state for _, state in pairs], "extra_origin")
+    return [(p, state, step, origin) for (p, state), step, origin in zip(pairs, steps, origins)]
 
 
 def _noise(ends: Sequence[Ending]) -> list[tuple[float, float]]:
-    states = [state for _, state, _ in ends]
+    states = [state for _, state, *_ in ends]
     if not all("extra_noise_cov" in state and "extra_noise_var" in state for state in states):
         states = [{"extra_noise_cov": 0.0, "extra_noise_var": 0.0, **state} for state in states]
     return list(zip(read_numbers(states, "extra_noise_cov"), read_numbers(states, "extra_noise_var")))
@@ -225,11 +228,38 @@ class CycleMixin:
     def _restart(self, every: int, ends: list[Ending], taken_in: int) -> None:
         # New cycles begin here. Estimates go on, so the drifts that they have taken in still count as cycles since the
         # origin, as many as fit.
-        cycles = [(step - origin) // every + taken_in for (_, _, step), origin in zip(ends, _origins(ends))]
-        begun = [max(step - n * every, step % every) for (_, _, step), n in zip(ends, cycles)]
-        params = [p for p, _, _ in ends]
-        write_numbers([state for _, state, _ in ends], "extra_origin", begun, params)
+        cycles = [(step - origin) // every + taken_in for _, _, step, origin in ends]
+        begun = [max(step - n * every, step % every) for (_, _, step, _), n in zip(ends, cycles)]
+        params = [p for p, *_ in ends]
+        write_numbers([state for _, state, *_ in ends], "extra_origin", begun, params)
         self._schedule.waiting.difference_update(params)
+
+    def _end_those_due(self, stepped: list[list[Stepped]], steps: Sequence[int]) -> None:
+        """End the cycles that are due, and remember for how many steps none can be.
+
+        Args:
+            stepped: of each group, the parameters that have an anchor and were just moved, with their states.
+            steps: applied steps of all of these, one after the other.
+        """
+        everything = iter(endings(list(chain.from_iterable(stepped)), steps))
+        left, due, before, ended = FAR, [], self._schedule.ended, {}
+        for group, pairs in zip(self.param_groups, stepped):
+            every, ends = group["extra_every"], []
+            for ending in islice(everything, len(pairs)):
+                p, _, step, origin = ending
+                elapsed = step - origin
+                left = min(left, every - elapsed % every)
+                if elapsed <= 0 or elapsed % every:
+                    continue
+                ended[id(p)] = step
+                if before.get(id(p)) != step:  # else a step that was skipped, or is not counted any more
+                    ends.append(ending)
+            due.append((group, ends))
+        found_inf = getattr(self, "found_inf", None)
+        if any(ends for _, ends in due) and not (found_inf is not None and bool(found_inf)):
+            self._end(self._batches(due))
+        self._schedule.ended = ended
+        self._schedule.keep(self.param_groups, self.state, left, stepped, steps[0] if steps else 0)
 
     def _batches(
         self, due: Iterable[tuple[dict[str, Any], list[Ending]]]
@@ -248,8 +278,8 @@ class CycleMixin:
                 estimates: list[Tensor] | None = [] if keeps_estimate(group) else None
                 batches[rule] = CycleBatch([], [], estimates, [], [], [], *rule), []
             batch, states = batches[rule]
-            states += [state for _, state, _ in ends]
-            for (p, state, step), origin in zip(ends, _origins(ends)):
+            states += [state for _, state, *_ in ends]
+            for p, state, step, origin in ends:
                 if group["extra_offload"]:
                     offload(state)
                 batch.params.append(p)
@@ -297,7 +327,7 @@ class CycleMixin:
         """Cycles have begun where no count of steps would have it: none that was just ended may end again."""
         self._schedule.reread()
         for _, ends in self._anchored_steps():
-            self._schedule.ended.update((id(p), step) for p, _, step in ends)
+            self._schedule.ended.update((id(p), step) for p, _, step, _ in ends)
 
     @property
     def last_jump(self) -> JumpReport | None:
@@ -320,7 +350,7 @@ class CycleMixin:
         begun = []
         for group, ends in self._anchored_steps():
             every = group["extra_every"]
-            begun.append((group, [end for end, origin in zip(ends, _origins(ends)) if (end[2] - origin) % every]))
+            begun.append((group, [end for end in ends if (end[2] - end[3]) % every]))
         batches = self._batches(begun)
         for group, ends in begun:
             self._restart(group["extra_every"], ends, taken_in=1)
@@ -340,7 +370,7 @@ class CycleMixin:
         """
         self._renew()
         for group, ends in self._anchored_steps():
-            for p, state, _ in ends:
+            for p, state, *_ in ends:
                 state["extra_anchor"].copy_(p)
             self._restart(group["extra_every"], ends, taken_in=0)
         self._phases_changed()

@@ -18,7 +18,7 @@ Stepped = tuple[Tensor, dict[str, Any]]  # a parameter and its state
 def read_counters(counters: Sequence[Tensor]) -> list[int]:
     """The values of 0-dim step counters; one transfer for all that live on a device."""
     if all(c.is_cpu for c in counters):
-        return [int(c) for c in counters]
+        return list(map(int, map(Tensor.item, counters)))
     return [int(c) for c in torch.stack([c.to(counters[0].device) for c in counters]).tolist()]
 
 

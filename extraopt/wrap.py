@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch.optim import Optimizer
 
 from .adam import ExtraAdam
 from .hyperparameters import DEFAULTS, check_hyperparameters
-from .mixin import CycleMixin, Ending, learning_rate_is_zero, momentum_of, unhooked_step
-from .schedule import FAR, Stepped
+from .mixin import CycleMixin, Ending, endings, learning_rate_is_zero, momentum_of, unhooked_step
+from .schedule import Stepped
 from .state import (
     all_or_nothing,
     check_cycle,
@@ -73,13 +74,14 @@ class Extra(Optimizer, CycleMixin):
     Raises:
         TypeError: ``base_optimizer`` is not a torch optimizer.
         ValueError: a hyperparameter outside its range; a base that jumps already; a base that has to call a closure
-            within its step (:class:`torch.optim.LBFGS`); a loaded anchor or estimate whose shape is not the
-            parameter's (the optimizer is left as it was).
+            within its step (:class:`torch.optim.LBFGS`); a loaded state of other parameters (the optimizer is left as
+            it was).
         RuntimeError: a step captured in a CUDA graph; :meth:`jump` or :meth:`reset_anchor` while a schedule-free base
             is in eval mode.
 
     Warns:
-        RuntimeWarning: a parameter was pruned, grown or cast in mid-run and starts a new cycle; names it.
+        RuntimeWarning: a parameter was pruned, grown or cast in mid-run, or just before its state was saved, and starts
+            a new cycle; names it.
         RuntimeWarning: a tensor was refused because its weights, anchor or drift are not finite or its jump could
             overflow its dtype. Its weights are left as the base made them and a new cycle starts from there.
 
@@ -273,7 +275,8 @@ class Extra(Optimizer, CycleMixin):
             if quiet:
                 schedule.count()
             else:
-                self._end_due_cycles(pairs)
+                states = [state for _, state in chain.from_iterable(pairs)]
+                self._end_those_due(pairs, read_numbers(states, "extra_step"))
         self._trust.watch.armed = schedule.near
         return loss
 
@@ -286,25 +289,6 @@ class Extra(Optimizer, CycleMixin):
         else:  # plain numbers among them
             for state in states:
                 state["extra_step"] += 1
-
-    def _end_due_cycles(self, moved: list[list[Stepped]]) -> None:
-        states = [state for pairs in moved for _, state in pairs]
-        steps = read_numbers(states, "extra_step")
-        counts = zip(steps, read_numbers(states, "extra_origin"))
-        left, due = FAR, []
-        for group, pairs in zip(self.param_groups, moved):
-            every = group["extra_every"]
-            ends: list[Ending] = []
-            for (p, state), (step, origin) in zip(pairs, counts):
-                elapsed = step - origin
-                left = min(left, every - elapsed % every)
-                if elapsed % every == 0:
-                    ends.append((p, state, step))
-            due.append((group, ends))
-        batches = self._batches(due)
-        if batches:
-            self._end(batches)
-        self._schedule.keep(self.param_groups, self.state, left, moved, steps[0] if steps else 0)
 
     def _refuse_capture(self, stepped: list[list[Tensor]]) -> None:
         for group, params in zip(self.param_groups, stepped):
@@ -347,4 +331,4 @@ class Extra(Optimizer, CycleMixin):
                 )
             if params:
                 states = [self.state[p] for p in params]
-                yield group, list(zip(params, states, read_numbers(states, "extra_step")))
+                yield group, endings(list(zip(params, states)), read_numbers(states, "extra_step"))
