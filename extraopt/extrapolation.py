@@ -204,9 +204,8 @@ def end_cycle(
             Their params, anchors and estimates are written in place.
         tables: what this function left there when it was last called, or empty; written in place.
         longest: no length is tried beyond it, but for batches that are not limited.
-        choose: is given a function that moves the weights to a length, any number of times, and leaves them at the
-            length that it returns; and how far the gates of what is moved are open, 0 to 1. Asked only where a limited
-            tensor is to jump.
+        choose: says how far to jump, given a function that moves the weights to a length, any number of times, and how
+            far the gates of what is moved are open, 0 to 1. Asked only where a limited tensor is to jump.
 
     Returns:
         What was done; the length chosen, None where none was; what became of each batch.
@@ -229,6 +228,8 @@ def end_cycle(
             jump.move(length)
 
     chosen = choose(move, _gate(limited, limited)) if limited else None
+    if chosen:
+        move(chosen.steps)
     for jump in jumps:
         jump.finish()
 

@@ -146,29 +146,16 @@ class TrustRegion:
         limits: Limits,
         most: bool,
     ) -> Length:
-        """Move the weights to the longest jump within the limits.
+        """The longest jump within the limits.
 
         Args:
-            move: writes the weights of a length, any number of times.
+            move: writes the weights of a length, any number of times; called for those that are tried.
             gate: how far the gates of what is moved are open, 0 to 1.
             params: those of the optimizer, on this rank.
             known: what the last search found, > 0.
             limits: none of them is exceeded.
             most: whether most of the parameters jump: else it takes the length known at most, without a search.
         """
-        length = self._choose(move, gate, params, known, limits, most)
-        move(length.steps)
-        return length
-
-    def _choose(
-        self,
-        move: Callable[[float], None],
-        gate: float,
-        params: Sequence[Tensor],
-        known: float,
-        limits: Limits,
-        most: bool,
-    ) -> Length:
         unwatched = Length(min(UNWATCHED, limits.steps), known)
         if self.quietly:
             return unwatched
