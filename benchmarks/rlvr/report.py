@@ -2,6 +2,7 @@
 
 python benchmarks/rlvr/report.py benchmarks/results/rlvr.json             # tables beside it, rlvr.md, and pictures
 python benchmarks/rlvr/report.py benchmarks/results/rlvr.json --page      # and the table in docs/results.md
+python benchmarks/rlvr/report.py benchmarks/results/rlvr-ablations.json   # the rule with one thing changed
 """
 
 from __future__ import annotations
@@ -315,11 +316,42 @@ def overview(cells: list[Cell], path: Path) -> None:
     )
 
 
+def ablations(rows: list[Row]) -> str:
+    """The rule with one thing changed: mean accuracy over the budget and at the end, each a mean over seeds.
+
+    Only seeds that all of the rules have. In bold what is better by .02 or more than the default in the same column.
+    """
+    by_rule: dict[str, dict[tuple[str, float], dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        by_rule[row["optimizer"]][name_of(row), row["lr"]][row["seed"]] = row
+    columns = sorted({column for own in by_rule.values() for column in own})
+    seeds = {column: set.intersection(*(set(own[column]) for own in by_rule.values())) for column in columns}
+    columns = [column for column in columns if seeds[column]]
+
+    def means(rule: str) -> list[tuple[float, float]]:
+        own = [[by_rule[rule][column][seed] for seed in sorted(seeds[column])] for column in columns]
+        return [(statistics.mean(map(area, some)), statistics.mean(map(final, some))) for some in own]
+
+    default, lines = means("ExtraAdam"), []
+    for rule in by_rule:
+        pairs = [zip(now, before) for now, before in zip(means(rule), default)]
+        cells = [", ".join(f"**{a:.3f}**" if a >= b + 0.02 else f"{a:.3f}" for a, b in pair) for pair in pairs]
+        lines.append([rule.removeprefix("ExtraAdam").strip() or "the default", *cells])
+    heads = [f"{name.split(',')[2].split()[0]} a step, {lr:g} ({len(seeds[name, lr])} seeds)" for name, lr in columns]
+    return _table(["changed", *heads], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--page", action="store_true", help="put the summary into docs/results.md")
     args = parser.parse_args()
+    rows = json.loads(args.results.read_text())
+    if all(row["optimizer"].startswith("ExtraAdam") for row in rows):
+        table = ablations(rows)
+        args.results.with_suffix(".md").write_text(f"# The rule with one thing changed\n\n{table}\n")
+        print(table)
+        return
     cells = read(args.results)
     folder = args.results.with_suffix("")
     folder.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -213,3 +214,19 @@ def test_accuracy_on_rare_answers_is_that_on_held_out_negative_ones(rlvr: Simple
     negative = answers[:, 0] == rlvr.rare.MINUS
     task.prompts, task.answers, task.held_out = prompts[negative], answers[negative], int(negative.sum())
     assert rare == pytest.approx(policy.accuracy(task), rel=1e-5)
+
+
+def test_the_table_of_ablations_compares_rules_over_the_seeds_that_all_of_them_have(rlvr: SimpleNamespace) -> None:
+    def row(rule: str, seed: int, *curve: float) -> dict[str, Any]:
+        settings = {"rollouts": 64, "tuning": "full", "steps": 400}
+        points = [[10 * i, a] for i, a in enumerate(curve)]
+        place = {"task": "addition", "algorithm": "GRPO", "settings": settings, "lr": 1e-5}
+        return {**place, "optimizer": rule, "seed": seed, "curve": points}
+
+    rows = [row("ExtraAdam", 0, 0.1, 0.2, 0.3, 0.4), row("ExtraAdam", 1, 0.1, 0.1, 0.1, 0.1)]
+    rows += [row("ExtraAdam gate.RETREAT=0", 0, 0.1, 0.3, 0.3, 0.3)]
+    lines = rlvr.report.ablations(rows).splitlines()
+    assert lines[0] == "| changed | 64 a step, 1e-05 (1 seeds) |"
+    assert lines[2:] == ["| the default | 0.300, 0.300 |", "| gate.RETREAT=0 | 0.300, 0.300 |"]
+    rows[2] = row("ExtraAdam gate.RETREAT=0", 0, 0.1, 0.4, 0.4, 0.4)
+    assert rlvr.report.ablations(rows).splitlines()[3] == "| gate.RETREAT=0 | **0.400**, **0.400** |"
