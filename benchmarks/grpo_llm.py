@@ -62,13 +62,14 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "ExtraAdam": (ExtraAdam, {}),
     "RL-Extra (20,100)": (ExtraAdam, PAPER),
     "ExtraAdam without g^2": (ExtraAdam, {}),  # in the weight of the newest drift
+    "ExtraAdam extra_fall=0.1": (ExtraAdam, {"extra_fall": 0.1}),
 }
 # of rules before, all but the last without a trust region; their rows stay, but can't be made any more
 BEFORE = [f"before: ExtraAdam{of}" for of in ("", " no rollback", " (5,25)", " (start 61)", " (k=10)")]
 COLOURS = dict(
     zip(
         [*OPTIMIZERS, *BEFORE],
-        "#64748b #0072b2 #000000 #882255 #d55e00 #e69f00 #009e73 #cc79a7 #56b4e9".split(),
+        "#64748b #0072b2 #000000 #882255 #117733 #d55e00 #e69f00 #009e73 #cc79a7 #56b4e9".split(),
         strict=True,
     )
 )
@@ -320,6 +321,8 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     }
     shown = [row for row in rows if row["optimizer"] in ("AdamW", "ExtraAdam")]
     cells = sorted({(where(row), row["lr"]) for row in shown if row["optimizer"] == "ExtraAdam"})
+    if not cells:
+        return
     figure = Figure(figsize=(13, 3.2 * len(cells)), dpi=100, layout="constrained")
     for cell, part in zip(cells, figure.subfigures(len(cells), 1, squeeze=False).flat):
         (task, tuning, completions, precision), lr = cell
