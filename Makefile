@@ -1,6 +1,7 @@
 # make demo   GRPO with AdamW and with ExtraAdam side by side: a small policy, three minutes
 # make demo-llm   the same on a language model, SmolLM2-135M: three quarters of an hour
 # make test   everything that must pass before a change lands
+# make reproduce   the paper's figures on a run of our own: hours; cut off, it goes on where it was
 # make docs   the documentation, in build/docs
 # make lint   style, types and pages;  make dist   what a release uploads
 # They set up .venv by themselves and install exactly what constraints.txt says.
@@ -12,7 +13,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 OPTIONS = MODEL DATASET STEPS LR ROLLOUTS SEED OUT
 DEMO = $(foreach option,$(OPTIONS),$(if $($(option)),--$(shell echo $(option) | tr A-Z a-z) $($(option))))
 
-.PHONY: demo demo-llm test test-slow test-torch bench bench-gpu support docs lint lint-style lint-types lint-docs dist workflows clean
+.PHONY: demo demo-llm test test-slow test-torch bench bench-gpu reproduce support docs lint lint-style lint-types lint-docs dist workflows clean
 
 demo: .venv/demo.done
 	.venv/bin/python examples/grpo_addition.py $(DEMO)
@@ -58,6 +59,10 @@ bench-gpu: .venv/test.done
 	.venv/bin/python benchmarks/step.py --json benchmarks/results/gpu/step.json
 	.venv/bin/python benchmarks/step.py --training --json benchmarks/results/gpu/training_step.json
 	.venv/bin/python benchmarks/memory.py --json benchmarks/results/gpu/memory.json
+
+# what is in benchmarks/results/reproduce.json is not made again; STAGES="path weights" for some only
+reproduce: .venv/test.done
+	.venv/bin/python benchmarks/reproduce.py $(STAGES)
 
 # the table of where ExtraAdam is tested
 support:

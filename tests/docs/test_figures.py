@@ -200,7 +200,10 @@ def test_the_readmes_sentences_on_the_language_model_are_those_of_its_rows() -> 
 
 # --- pages that retell ------------------------------------------------------------------------------------------------
 
-SOURCES = ["README.md", "docs/results.md", "docs/costs.md", "docs/reliability.md", "docs/checkpoints.md"]
+SOURCES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("results", "paper", "costs", "reliability", "checkpoints")),
+]
 RETELLING = ["index", "getting-started", "recipes", "watch", "how-it-works", "compatibility", "reproducing"]
 FIGURE = re.compile(r"(?<![\w.,])(\d+\.\d+x?|\d+(?:\.\d+)? ?%)(?![\w.])")
 # not measured: hyperparameters, versions, constants of the rule and of others (PPO's clip, AdamW's betas)
