@@ -369,7 +369,7 @@ def main(
             part = plain(stage())
             results = json.loads(json_file.read_text()) if json_file.exists() else {}  # another stage may have ended
             results[name] = part
-            ordered = {key: results[key] for key in STAGES if key in results}
+            ordered = {key: results[key] for key in STAGES if key in results} | results
             json_file.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in ordered.items()) + "\n}\n")
     page.write(json.loads(json_file.read_text()))
 
