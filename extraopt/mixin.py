@@ -298,16 +298,14 @@ class CycleMixin:
         params = [p for batch in batches for p in batch.params]
         groups = [group for group in self.param_groups if group["extra_kl"] is not None] or self.param_groups
         known = min(group["extra_length"] for group in groups)
-        anchored = sum(isinstance(state, dict) and "extra_anchor" in state for state in self.state.values())
-        most = searching and 2 * len(params) > anchored
         limits = Limits(
-            max(batch.horizon for batch in batches),
+            max((batch.horizon for batch in batches if batch.limited), default=0),
             min(group["extra_kl"] or float("inf") for group in groups),
             min(group["extra_fall"] for group in groups),
         )
 
         def choose(move: Callable[[float], None], gate: float) -> Length:
-            return self._trust.choose(move, gate, params, known, limits, most)
+            return self._trust.choose(move, gate, params, known, limits, searching)
 
         with self._moving(params):
             report, length, outcomes = end_cycle(batches, self._schedule.tables, max(GROWTH * known, UNWATCHED), choose)
@@ -326,6 +324,7 @@ class CycleMixin:
     def _phases_changed(self) -> None:
         """Cycles have begun where no count of steps would have it: none that was just ended may end again."""
         self._schedule.reread()
+        self._trust.watch.armed = True
         for _, ends in self._anchored_steps():
             self._schedule.ended.update((id(p), step) for p, _, step, _ in ends)
 
@@ -341,7 +340,8 @@ class CycleMixin:
         For trainers that know a better moment than a count of steps: before weights are sent to an inference engine,
         at the end of an RL iteration. The drift is that of the steps taken since the anchor, so a cycle that is ended
         after a part of its k steps jumps about that part as far. Parameters without an applied step since their anchor
-        are left alone: calling this twice, or right after a cycle ended by itself, does nothing.
+        are left alone: calling this twice, or right after a cycle ended by itself, does nothing. With a trust region it
+        is no longer than the last jump, and than 20 steps: there are no inputs to try it on.
 
         Returns:
             What was done, or None where there was nothing to do.

@@ -127,7 +127,10 @@ def _accepted(model: nn.Module) -> Callable[..., bool]:
     own: list[Mapping[str, inspect.Parameter]] = []
     inner: Any = model
     for _ in range(4):
-        own.append(inspect.signature(inner.forward).parameters)
+        try:
+            own.append(inspect.signature(inner.forward).parameters)
+        except (TypeError, ValueError):  # one that is not written in Python
+            own.append({})
         inner = getattr(inner, "base_model", None)
         inner = getattr(inner, "model", inner)
         if not isinstance(inner, nn.Module) or not _passes_on(own[-1]):

@@ -63,6 +63,7 @@ class Schedule:
     def reread(self) -> None:
         """Let the next step read all counters: something has changed the phases of cycles."""
         self._left = 0  # steps until the first of the cycles can end
+        self._away = False  # whether a parameter that has an anchor has no gradient
         self._stale = True  # forms and tensors
 
     def keep(
@@ -85,6 +86,7 @@ class Schedule:
         self.params = [p for group in groups for p in group["params"]]
         self._states = list(state.values())
         self._idle = [p for p in self.params if p.grad is None]
+        self._away = any("extra_anchor" in state.get(p, ()) for p in self._idle)
         self._settings = _settings(groups)
         self.stepped = stepped
         moved = [p for pairs in stepped for p, _ in pairs]
@@ -144,8 +146,8 @@ class Schedule:
 
     @property
     def near(self) -> bool:
-        """Whether the next step may end a cycle."""
-        return self._left <= 1
+        """Whether the next step may end a cycle; what took no part in the last one may be due with it."""
+        return self._left <= 1 or self._away
 
     def count(self) -> None:
         """One more step was taken, quietly; it may have been skipped."""

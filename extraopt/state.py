@@ -118,9 +118,10 @@ def shaped(state: Mapping[str, Any], p: Tensor) -> bool:
     return all(getattr(state[key], "shape", None) == p.shape for key in TENSORS & state.keys())
 
 
-def _others_fit(state: Mapping[str, Any], p: Tensor) -> bool:
-    """Whether an entry of the optimizer's own is of the shape of `p`: then it is not the state of another parameter."""
-    return any(isinstance(t, Tensor) and t.dim() and t.shape == p.shape for k, t in state.items() if k not in TENSORS)
+def _of_another(state: Mapping[str, Any]) -> bool:
+    """Whether an entry of the optimizer's own has the shape of the anchor or estimate: all are of that parameter."""
+    shapes = [state[key].shape for key in TENSORS & state.keys() if isinstance(state[key], Tensor)]
+    return any(isinstance(t, Tensor) and t.dim() and t.shape in shapes for k, t in state.items() if k not in TENSORS)
 
 
 def forget_cycle(state: dict[str, Any]) -> None:
@@ -213,7 +214,7 @@ def _is_count(value: Any) -> bool:
 def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> None:
     """Check the entries of a parameter's cycles. Without one that they need it has none, and will start a new one.
 
-    So it does, with a warning, where anchor or estimate are of another shape but the optimizer's own entries fit.
+    So it does, with a warning, where anchor or estimate are of another shape and no entry of the optimizer's own is.
 
     Args:
         state: of the parameter, as loaded.
@@ -229,7 +230,7 @@ def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> No
             state[key] = state[key].tensor
     for key in NUMBERS & state.keys():
         state[key] = _plain(key, state[key])
-    if not shaped(state, p) and _others_fit(state, p):
+    if not shaped(state, p) and not _of_another(state):
         warnings.warn(
             f"extraopt: {name} was pruned or grown after its last step and then saved: a new cycle starts there.",
             RuntimeWarning,
@@ -248,8 +249,10 @@ def check_cycle(state: dict[str, Any], p: Tensor, name: str, counter: str) -> No
             raise ValueError(f"{key} of {name} is {state[key]!r:.80}. It must be a finite number >= 0.")
     # a negative origin, its complement, is that of a parameter that had not moved yet: the next step takes its anchor
     if step is None or not {"extra_anchor", "extra_origin"} <= state.keys() or origin < 0:
-        for key in ("extra_anchor", "extra_origin", "extra_step"):
-            state.pop(key, None)
+        state.pop("extra_anchor", None)
+        state.pop("extra_origin", None)
+    if step is None:
+        state.pop("extra_step", None)
     for key in NUMBERS & state.keys():
         state[key] = number(state[key], p)
 

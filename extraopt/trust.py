@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .positions import Unusable
+from .positions import Positions, Unusable
 from .watch import Watch, sharded
 
 TRIALS = 3
@@ -144,7 +144,7 @@ class TrustRegion:
         params: Sequence[Tensor],
         known: float,
         limits: Limits,
-        most: bool,
+        searching: bool,
     ) -> Length:
         """The longest jump within the limits.
 
@@ -154,9 +154,11 @@ class TrustRegion:
             params: those of the optimizer, on this rank.
             known: what the last search found, > 0.
             limits: none of them is exceeded.
-            most: whether most of the parameters jump: else it takes the length known at most, without a search.
+            searching: whether there ought to be inputs to run the model on. Where there are none, the jump is no longer
+                than the last one, and than one without a trust region.
         """
         unwatched = Length(min(UNWATCHED, limits.steps), known)
+        unmeasured = Length(min(unwatched.steps, known), known)
         if self.quietly:
             return unwatched
         try:
@@ -165,18 +167,19 @@ class TrustRegion:
                 ranks = Ranks(self.watch, params, self.process_group)
             except Unusable as reason:
                 raise Unusable(blind or reason) from None
-            missing, unusable, _ = ranks.sum(not (most and self.watch.captured), blind is not None)
+            missing, unusable, _ = ranks.sum(not (searching and self.watch.captured), blind is not None)
             if unusable:
                 raise Unusable(blind or "another rank that trains it has no model that can be watched")
             if missing:
-                if most:
+                if searching:
                     self._warn(
                         "inputs",
                         f"a cycle ended without a forward pass of {type(self.watch.model).__name__} in its last step, "
-                        "with gradients and tensors among its arguments, so that the jump was as long as the last one "
-                        "at most. Where another module is called for training, tell the optimizer by watch(model).",
+                        f"with gradients and tensors among its arguments, so that the jump was not longer than "
+                        f"{unmeasured.steps:g} steps, without a trust region. Where another module is called for "
+                        "training, tell the optimizer by watch(model).",
                     )
-                return Length(min(known, limits.steps), known)
+                return unmeasured
             return self._search(move, gate, ranks, known, limits)
         except Unusable as reason:
             self._warn(
@@ -189,7 +192,7 @@ class TrustRegion:
             self.watch.release()
 
     def _search(self, move: Callable[[float], None], gate: float, ranks: Ranks, known: float, limits: Limits) -> Length:
-        watch, outputs = self.watch, list[Outputs]()
+        watch, positions, outputs = self.watch, list[Positions](), list[Outputs]()
         assert watch.model is not None
         failures: list[Exception] = []
         finite, seen = True, True
@@ -202,7 +205,9 @@ class TrustRegion:
             if failures:
                 return sums.fill_(math.nan)
             try:
-                logits, rows = watch.run(positions)
+                if not positions:
+                    positions.append(watch.positions())
+                logits, rows = watch.run(positions[0])
                 if not outputs:
                     outputs.append(Outputs(logits, rows))
                 else:
@@ -224,7 +229,6 @@ class TrustRegion:
 
         try:
             with watch.undisturbed():
-                positions = watch.positions()
                 attempt(0.0)
                 length = search(measure, known, limits, gate)
         except BaseException:

@@ -99,6 +99,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
     group = None
     while True:
         kind = type(model)
+        if isinstance(model, torch.jit.ScriptModule):
+            raise Unusable("TorchScript's modules can't be watched: train the module that it was made from")
         if _named(kind, "DataParallel"):
             raise Unusable("nn.DataParallel runs throw-away copies of it: use DistributedDataParallel")
         if _named(kind, "FullyShardedDataParallel"):
@@ -130,6 +132,7 @@ class Watch:
         self._logits: Callable[[Any], Tensor] | None = None
         self._hooks: list[_Hook] = []
         self._own: Callable[[], set[int]] = set
+        self._sought = set[int]()  # what it returned
         self._first = -1  # id of the hook that remembers the call by which a model was found
         self._rng: dict[torch.device | None, Tensor] = {}
         self._captured: tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.dtype]] | None = None
@@ -142,6 +145,7 @@ class Watch:
     @armed.setter
     def armed(self, value: bool) -> None:
         self._armed = value
+        self._sought = set()
         self.release()  # inputs of the step before say nothing of the next one
 
     @property
@@ -174,7 +178,7 @@ class Watch:
     def find(self, own: Callable[[], set[int]], logits: Callable[[Any], Tensor] | None) -> None:
         """Watch the outermost module that is called for training and has most of the parameters with these ids."""
         self.detach()
-        self._own, self._logits = own, logits
+        self._own, self._logits, self._sought = own, logits, set()
         self._hooks += [_Hook(act, register_module_forward_pre_hook) for act in (self._look, self._remember_first)]
         self._first = self._hooks[-1].handle.id
 
@@ -187,8 +191,9 @@ class Watch:
         return any(id(p) in own for p in params)
 
     def _has_most(self, module: nn.Module) -> bool:
-        own = self._own()
-        return 2 * len(own & set(map(id, module.parameters()))) > len(own)
+        # asked for each call of each module of the process, as long as this one's model was not called
+        self._sought = self._sought or self._own()
+        return 2 * sum(id(p) in self._sought for p in module.parameters()) > len(self._sought)
 
     def detach(self) -> None:
         """Watch nothing any more."""
@@ -248,7 +253,8 @@ class Watch:
             Unusable: the model gives none.
         """
         assert self.model is not None and self._captured is not None
-        arguments, named, autocast = self._captured
+        arguments, named = _map(Tensor.clone, self._captured[:2])  # a model may write into its inputs
+        autocast = self._captured[2]
         with contextlib.ExitStack() as stack:
             for device, dtype in autocast.items():
                 stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
@@ -262,6 +268,7 @@ class Watch:
                 return positions.rows(output)
             finally:
                 torch.clear_autocast_cache()
+                self.model.train()  # those that merge weights in eval mode part them by the weights they merged
                 _reshard(self.model)
 
     @contextlib.contextmanager
@@ -270,10 +277,9 @@ class Watch:
         assert self.model is not None
         modes = [(module, module.training) for module in self.model.modules()]
         buffers = [
-            (module, name, b, b._version, b.detach().clone())
+            (module, name, b, None if b is None else _version(b), None if b is None else b.detach().clone())
             for module in self.model.modules()
             for name, b in module._buffers.items()
-            if b is not None
         ]
         with torch.no_grad(), _eagerly():
             self._rng = _rng({p.device for p in self.model.parameters() if p.is_cuda})
@@ -287,9 +293,18 @@ class Watch:
                 for module, mode in modes:
                     module.training = mode
                 for module, name, b, version, before in buffers:
-                    if module._buffers.get(name) is not b or b._version != version:
+                    if b is None or before is None:
+                        module._buffers[name] = None
+                    elif version is None:  # nothing writes to it outside of inference mode
+                        module._buffers[name] = b if torch.equal(b, before) else before
+                    elif module._buffers.get(name) is not b or b._version != version:
                         module._buffers[name] = b.copy_(before)
                 _set_rng(self._rng)
+
+
+def _version(t: Tensor) -> int | None:
+    """How often it was written to; None where that is not counted."""
+    return None if t.is_inference() else t._version
 
 
 def _rng(devices: Iterable[torch.device]) -> dict[torch.device | None, Tensor]:

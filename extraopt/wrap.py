@@ -324,7 +324,7 @@ class Extra(Optimizer, CycleMixin):
 
     def _anchored_steps(self) -> Iterator[tuple[dict[str, Any], list[Ending]]]:
         for group in self.param_groups:
-            params = [p for p in group["params"] if "extra_step" in self.state.get(p, ())]
+            params = [p for p in group["params"] if {"extra_anchor", "extra_step"} <= self.state.get(p, {}).keys()]
             if params and not group.get("train_mode", True):
                 raise RuntimeError(
                     "The weights are an average while the optimizer is in eval mode: call train() first."

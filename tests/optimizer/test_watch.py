@@ -30,7 +30,7 @@ from extraopt import ExtraAdam, JumpReport
 from extraopt.wrap import Extra
 
 EVERY = 3
-OPEN: dict[str, Any] = {"lr": 1e-3, "extra_every": EVERY, "extra_gate": None}
+OPEN: dict[str, Any] = {"lr": 1e-3, "extra_every": EVERY, "extra_gate": None, "extra_fall": 0.3}
 
 
 def observed(model: nn.Module) -> dict[str, Any]:
