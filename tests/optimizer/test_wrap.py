@@ -345,7 +345,7 @@ def test_a_checkpoint_of_extra_adam_or_for_it_goes_on():
 
 def test_a_refused_checkpoint_changes_nothing():
     params, others = weights(), parameters(shapes=((4, 3), (5, 2)))
-    optimizer, other = wrapped("SGD", params), wrapped("SGD", others)
+    optimizer, other = wrapped("SGD with momentum", params), wrapped("SGD with momentum", others)
     train(optimizer, params, range(EVERY + 1))
     train(other, others, range(EVERY + 1))
     twins, twin = copy.deepcopy((params, optimizer))
