@@ -60,8 +60,8 @@ def costs() -> Iterator[str]:
             )
     for row in result("training_step"):
         yield (
-            f"| {row['step_ms']:,.0f} ms | {row['end_ms']:.0f} ms | {row['share_percent_k10']:.2f} % | "
-            f"{row['share_percent_k20']:.2f} % |"
+            f"| {row['step_ms']:,.0f} ms | {row['end_ms']:.0f} ms | {row['share_percent']:.2f} % | "
+            f"{row['share_percent_k10']:.2f} % |"
         )
     (row,) = result("gpu/training_step")
     yield (
