@@ -19,6 +19,13 @@ from _pages import ROOT, links, prose, read
 from extraopt.gate import momentum_coherence
 
 RESULTS = ROOT / "benchmarks" / "results"
+OPERATIONS = {
+    "sums": "sums for the gates",
+    "jump": "jump, where no trial is needed",
+    "retreat": "estimate and retreat",
+    "trial": "trial of a length",
+    "anchor": "new anchor",
+}
 Row = dict[str, Any]
 
 
@@ -105,6 +112,25 @@ def kernels() -> Iterator[str]:
             yield f"it is {span(against('loop', tiny))} times as fast"
             yield f"is {span(faster, 0)} % faster still on GPT-2"
             yield f"is {max(row['extra_bytes'] for row in large + lora) / 2**20:.1f} MiB "
+            for operation, label in OPERATIONS.items():
+                each = [row for row in result(name) if row["operation"] == operation and row.get("limit_ms")]
+                shares = [
+                    [100 * row["limit_ms"] / row["ms"] for row in each if (row["list"] == "lora") == adapter]
+                    for adapter in (False, True)
+                ]
+                yield f"| {label} | {span(shares[0], 0)} % | {span(shares[1], 0)} % |"
+            host = [row for row in result(name) if row["list"] == "host"]
+            (kept, check), (kept_of_many, check_of_many) = (
+                [
+                    f"{1000 * pick(host, tensors=count, operation=operation)['ms'] / count:.1f}"
+                    for operation in ("kept cycle", "still fits")
+                ]
+                for count in (400, 10_000)
+            )
+            yield (
+                f"is {kept} us a tensor in a list of 400, of which {check} is the check that nothing has moved, and "
+                f"{kept_of_many} us in one of 10,000 ({check_of_many})"
+            )
         else:
             used = [[100 * row["limit_ms"] / row["gpu_ms"] for row in chosen] for chosen in (large, lora)]
             yield f"run at {span(used[0], 0)} % of the bandwidth of a copy"
