@@ -23,11 +23,13 @@ class JumpReport:
     Attributes:
         step: applied optimizer steps of the tensors concerned (the largest, where they differ).
         length: h, how many steps ahead an open gate let a tensor jump; 0 where nothing jumped.
-        gate: how far the gates were open, 0 (nothing jumped) to 1: the root mean square over tensors, by the squared
-            length of their estimates.
+        gate: how far the gates were open, 0 to 1, whatever the length: the root mean square over tensors, by the
+            squared length of their estimates; 0 in the first cycle.
         coherence: cos(drift of this cycle, estimate so far) over all gated tensors together, -1 to 1.
-        kl: mean KL divergence of the model's outputs before the jump from those after it, in nats; NaN if not measured.
-        fall: mean of the largest fall of a plausible token's log-probability by the jump, in nats; likewise.
+        kl: mean KL divergence by the cycle, in nats: that of the model's outputs before the jump from those after it,
+            times (1 + k / (gate length))^2 for the real steps; NaN if not measured.
+        fall: mean of the largest fall of a plausible token's log-probability by the cycle, in nats: that of the jump,
+            times 1 + k / (gate length); likewise.
         drift_norm: ||V||, the estimate after this cycle, in weight units.
         weight_norm: ||W|| before the jump.
         jumped: tensors that jumped, be it little.
@@ -180,9 +182,9 @@ class _Jump:
                 a.copy_(p.detach())
 
 
-def _gate(moved: Sequence[_Jump], all_of_them: Sequence[_Jump]) -> float:
-    drift_sq = sum(jump.drift_sq for jump in all_of_them)
-    return (sum(jump.gated_sq for jump in moved) / drift_sq) ** 0.5 if drift_sq > 0 else 0.0
+def _gate(jumps: Sequence[_Jump]) -> float:
+    drift_sq = sum(jump.drift_sq for jump in jumps)
+    return (sum(jump.gated_sq for jump in jumps) / drift_sq) ** 0.5 if drift_sq > 0 else 0.0
 
 
 def _lists(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> TensorLists:
@@ -219,25 +221,25 @@ def end_cycle(
 
     jumps = [_Jump(batch, own, sums, longest) for batch, own, sums in zip(batches, tables, all_sums)]
     outcomes = [jump.end_cycle() for jump in jumps]
-    for jump in jumps:
-        jump.move(0.0 if jump.batch.limited else math.inf)
     limited = [jump for jump in jumps if jump.batch.limited and bool(jump.opens.any())]
+    for jump in jumps:
+        if jump not in limited:
+            jump.move(0.0 if jump.batch.limited else math.inf)
 
     def move(length: float) -> None:
         for jump in limited:
             jump.move(length)
 
-    chosen = choose(move, _gate(limited, limited)) if limited else None
+    chosen = choose(move, _gate(limited)) if limited else None
     if chosen:
         move(chosen.steps)
     for jump in jumps:
         jump.finish()
 
-    weight_sq, jumped, length, refused, moved = 0.0, 0, 0.0, [], []
+    weight_sq, jumped, length, refused = 0.0, 0, 0.0, []
     for jump in jumps:
         own_length = jump.longest if not jump.batch.limited else min(chosen.steps if chosen else 0.0, jump.longest)
         if own_length and bool(jump.opens.any()):
-            moved.append(jump)
             jumped += int((jump.opens > 0).sum())
             length = max(length, own_length)
         weight_sq += float(jump.sums[jump.finite, 3].sum())
@@ -251,7 +253,7 @@ def end_cycle(
             RuntimeWarning,
             stacklevel=2,
         )
-    gate, drift_norm = _gate(moved, jumps), sum(jump.drift_sq for jump in jumps) ** 0.5
+    gate, drift_norm = _gate(jumps), sum(jump.drift_sq for jump in jumps) ** 0.5
     kl, fall = (chosen.kl, chosen.fall) if chosen else (math.nan, math.nan)
     report = JumpReport(step, length, gate, cosine, kl, fall, drift_norm, weight_sq**0.5, jumped, len(refused))
     return report, chosen, outcomes

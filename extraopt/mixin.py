@@ -302,6 +302,7 @@ class CycleMixin:
             max((batch.horizon for batch in batches if batch.limited), default=0),
             min(group["extra_kl"] or float("inf") for group in groups),
             min(group["extra_fall"] for group in groups),
+            max(batch.every for batch in batches),
         )
 
         def choose(move: Callable[[float], None], gate: float) -> Length:

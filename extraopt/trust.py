@@ -19,6 +19,8 @@ MARGIN = 0.95  # of the length that the last trial's fit proposes
 GROWTH = 2.0  # of the last length, up to which the next is looked for
 OPEN = 0.25  # gate from which on a length may grow
 LEAST = 1.0  # step: no search starts from less
+LEAST_GATE = 1e-6  # squares of smaller ones are lost beside those of other tensors
+COUNTED = 1.0  # how much of a cycle's real steps counts towards the limits
 PLAUSIBLE = 0.01  # probability of a token from which on its fall counts
 UNWATCHED = 20.0  # steps: the longest jump where no model can be watched; the first search starts from twice of it
 CHUNK_BYTES = 1 << 23  # of float32 logits that are compared at a time
@@ -31,7 +33,7 @@ class Length:
     Attributes:
         steps: h; 0 is no jump.
         known: the length that the next search starts from twice of.
-        kl, fall: what was measured at h, NaN where nothing was.
+        kl, fall: by how much the cycle changed the outputs, its real steps counted in; NaN where nothing was measured.
     """
 
     steps: float
@@ -42,20 +44,29 @@ class Length:
 
 @dataclass(frozen=True)
 class Limits:
-    """N, and how far the outputs may change: mean KL and mean fall, see :class:`Outputs`."""
+    """N, and how far a cycle of `every` real steps and a jump may change the outputs: mean KL and mean fall.
+
+    See :class:`Outputs` for these.
+    """
 
     steps: float
     kl: float
     fall: float
+    every: int
 
 
 def search(measure: Callable[[float], tuple[float, float]], known: float, limits: Limits, gate: float) -> Length:
     """The longest of a few lengths at which the outputs stay within the limits.
 
-    It starts from twice the length known. Lengths grow cycle by cycle where gates are open, and fall back towards
-    `UNWATCHED` where they are shut: there any length is within the limits, and would be too long when they open. KL
-    grows about as the square of a length and the fall in proportion to it: from that each trial proposes the next, and
-    none is taken that was not itself measured. Where none is within, the next search starts from half of the last one.
+    The limits are those of a whole cycle, since only its real steps sample, and can correct, what has changed. Behind a
+    gate g a jump of h steps moves the weights g h / k times as far as the k real steps did along the same line: what it
+    changes is g h of g h + k parts. KL grows about as the square of a way and the fall in proportion to it: that makes
+    a cycle's change of the measured one, and from that each trial proposes the next. None is taken that was not itself
+    measured; no more are tried where the real steps alone are as much as may be.
+
+    The search starts from twice the length known. Lengths grow cycle by cycle where gates are open, and fall back
+    towards `UNWATCHED` where they are shut: there any length is within the limits, and would be too long when they
+    open. Where none is within, the next search starts from half of the last one.
 
     Args:
         measure: moves the weights to a length and says how far the outputs are from those at 0: mean KL, mean fall; not
@@ -64,17 +75,22 @@ def search(measure: Callable[[float], tuple[float, float]], known: float, limits
         limits: none of them is exceeded.
         gate: how far the gates of what jumps are open, 0 to 1.
     """
-    proposed = min(GROWTH * known, limits.steps)
+    proposed, gate, real = min(GROWTH * known, limits.steps), max(gate, LEAST_GATE), COUNTED * limits.every
     for _ in range(TRIALS):
         tried = proposed
         kl, fall = measure(tried)
+        way = gate * tried + real
+        cycle = way / (gate * tried)
+        kl, fall = kl * cycle * cycle, fall * cycle
         used = max(math.sqrt(max(kl, 0.0) / limits.kl), fall / limits.fall)
         if not all(map(math.isfinite, (kl, fall, used))):
             break
         if used <= 1:
             longest = tried if gate >= OPEN else min(tried, max(known / GROWTH, min(known, UNWATCHED)))
             return Length(tried, max(longest, LEAST / 2), kl, fall)
-        proposed = MARGIN * tried / used
+        proposed = (MARGIN * way / used - real) / gate
+        if proposed < LEAST / 2:
+            break
     return Length(0.0, max(tried / 2, LEAST) / 2)
 
 

@@ -161,7 +161,7 @@ def _charts(run: Run, summary: dict[str, Any]) -> list[str]:
     if not found:
         return charts
     says = (
-        "How far the gates were open when a cycle ended, over all tensors: 0, nothing jumped; 1, all, by the length "
+        "How far the gates were open when a cycle ended, over all tensors: 0, none; 1, all, by the length "
         "that was chosen. The first cycle has no estimate to compare with."
     )
     add("Gate", says, partial(_gates, found=found))

@@ -20,7 +20,7 @@ from extraopt import ExtraAdam, JumpReport
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[hf]'")
 
 EVERY = 3
-OPEN: dict[str, Any] = {"lr": 1e-3, "extra_every": EVERY, "extra_gate": None}
+OPEN: dict[str, Any] = {"lr": 3e-4, "extra_every": EVERY, "extra_gate": None}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,8 @@ def rank_sum(rank: int) -> list[float]:
         b, a = (m.eval()(inputs["input_ids"]).logits[:, :-1].double().log_softmax(-1) for m in (twin, model))
     counts = (b.exp() >= 0.01).sum(-1) >= 2
     kl = (b.exp() * (b - a)).sum(-1)[counts].sum()
-    return [float(kl), float(counts.sum()), optimizer.last_jump.kl]
+    cycle = 1 + EVERY / optimizer.last_jump.length  # real steps and jump, in jumps
+    return [float(kl) * cycle**2, float(counts.sum()), optimizer.last_jump.kl]
 
 
 def test_a_rank_with_fewer_positions_counts_as_much_as_one_with_many(ranks: Ranks) -> None:
@@ -322,8 +323,8 @@ def rank_apart(rank: int) -> tuple[Any, ...]:
 
 
 def test_a_rank_without_inputs_keeps_no_other_waiting(ranks: Ranks) -> None:
-    """No longer jump than the last one is taken by any of them."""
+    """No longer jump than the last one, and than one without a trust region, is taken by any of them."""
     first, second = ranks.run(rank_apart)
     assert str(first) == str(second) and WORLD == 2
     lengths, kls = first[2:]
-    assert lengths[1] == lengths[0] and math.isnan(kls[1]) and kls[0] > 0 and kls[2] > 0
+    assert lengths[1] == min(lengths[0], 20) and math.isnan(kls[1]) and kls[0] > 0 and kls[2] > 0

@@ -556,7 +556,7 @@ def test_each_trial_of_a_hyperparameter_search_trains_by_its_own_hyperparameters
             assert group == [case["learning_rate"], *rest, decay]
     assert ours.groups == theirs.groups and len({len(groups[2]) for groups in ours.groups}) == 2
     assert_same(ours.weights, theirs.weights)
-    jumping = searched(tmp_path, how, True, OPEN)
+    jumping = searched(tmp_path, how, True, {**OPEN, "extra_kl": None, "extra_steps": 5})
     assert jumping.groups == theirs.groups
     assert not any(all(map(torch.equal, *pair)) for pair in zip(jumping.weights, theirs.weights))
 

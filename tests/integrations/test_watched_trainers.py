@@ -49,7 +49,7 @@ def check(reports: dict[int, JumpReport], ends: int = STEPS // 5) -> None:
 def test_the_trainer_of_transformers(lora: bool, options: dict[str, Any], tmp_path: Path) -> None:
     if "eval_steps" in options:
         options = {**options, "eval_strategy": "steps"}
-    args = arguments(tmp_path, max_steps=STEPS, learning_rate=1e-2 if lora else 1e-3, **options)
+    args = arguments(tmp_path, max_steps=STEPS, learning_rate=1e-2 if lora else 3e-4, **options)
     trainer = Trainer(
         adapted() if lora else llama(), args, train_dataset=rows(same=True), eval_dataset=rows(same=True)[:2]
     )
@@ -82,7 +82,7 @@ def test_trainers_of_trl(name: str, lora: bool, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     llama().save_pretrained(tmp_path / "base")  # where trainers look for the reference model
-    args = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2 if lora else 1e-3, "seed": 0}
+    args = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2 if lora else 3e-4, "seed": 0}
     options: dict[str, Any] = {}
     if name in ("GRPO", "RLOO"):
         args.update(num_generations=4, max_completion_length=6)

@@ -24,7 +24,7 @@ from extraopt.trust import Length, Limits, TrustRegion, search
 EVERY = 3
 OPEN: dict[str, Any] = {"lr": 1e-3, "extra_every": EVERY, "extra_gate": None}
 lengths = st.floats(0.5, 500)
-limits = st.builds(Limits, st.integers(1, 400).map(float), st.floats(1e-4, 1), st.floats(1e-3, 3))
+limits = st.builds(Limits, st.integers(1, 400).map(float), st.floats(1e-4, 1), st.floats(1e-3, 3), st.integers(1, 20))
 
 
 class Measured:
@@ -41,13 +41,15 @@ class Measured:
         return self.trials[length]
 
 
-def check(found: Length, measured: Measured, known: float, limits: Limits) -> None:
+def check(found: Length, measured: Measured, known: float, limits: Limits, gate: float = 1.0) -> None:
     """What holds whatever the model does."""
     assert 1 <= measured.count <= 3
     assert all(0 < tried <= min(2 * known, limits.steps) * (1 + 1e-12) for tried in measured.trials)
     if found.steps:
         kl, fall = measured.trials[found.steps]
-        assert (found.kl, found.fall) == (kl, fall) and kl <= limits.kl and fall <= limits.fall
+        cycle = 1 + limits.every / (gate * found.steps)  # real steps and jump, in jumps
+        assert found.kl == pytest.approx(kl * cycle**2, rel=1e-9) and found.kl <= limits.kl * (1 + 1e-12)
+        assert found.fall == pytest.approx(fall * cycle, rel=1e-9) and found.fall <= limits.fall
     else:
         assert math.isnan(found.kl) and math.isnan(found.fall)
     assert 0.5 <= found.known <= max(2 * known, 0.5) and math.isfinite(found.known)
@@ -60,34 +62,56 @@ def check(found: Length, measured: Measured, known: float, limits: Limits) -> No
     st.lists(st.tuples(*[st.floats(allow_nan=True, allow_infinity=True)] * 2), min_size=3, max_size=3),
     lengths,
     limits,
-    st.floats(0, 1),
+    st.floats(1e-6, 1),
 )
 def test_no_length_is_taken_of_a_rough_or_broken_model_that_was_not_measured_within_the_limits(
     outcomes: list[tuple[float, float]], known: float, limits: Limits, gate: float
 ) -> None:
     left = iter(outcomes)
     measured = Measured(lambda length: next(left))
-    check(search(measured, known, limits, gate), measured, known, limits)
+    check(search(measured, known, limits, gate), measured, known, limits, gate)
 
 
-@given(st.floats(1e-9, 1e3), st.floats(1e-6, 1e3), lengths, limits)
-def test_the_length_is_near_the_longest_within_the_limits(kl: float, fall: float, known: float, limits: Limits) -> None:
-    """Of a model whose KL grows as the square of the length, and whose fall in proportion to it."""
-    measured = Measured(lambda h: (kl * h * h, fall * h))
-    found = search(measured, known, limits, 1.0)
-    check(found, measured, known, limits)
-    longest = min(math.sqrt(limits.kl / kl), limits.fall / fall, 2 * known, limits.steps)
-    assert 0.94 * longest <= found.steps <= longest * (1 + 1e-12) and measured.count <= 2
+@given(st.floats(1e-9, 1e3), st.floats(1e-6, 1e3), lengths, limits, st.floats(0.01, 1))
+def test_the_length_is_near_the_longest_by_which_the_cycle_stays_within_the_limits(
+    kl: float, fall: float, known: float, limits: Limits, gate: float
+) -> None:
+    """Of a model whose KL grows as the square of the way along the line, and whose fall in proportion to it."""
+    measured = Measured(lambda h: (kl * (gate * h) ** 2, fall * gate * h))
+    found = search(measured, known, limits, gate)
+    check(found, measured, known, limits, gate)
+    way = min(math.sqrt(limits.kl / kl), limits.fall / fall)  # of real steps and jump, in real steps
+    longest = min((way - limits.every) / gate, 2 * known, limits.steps)
+    shortest = min((0.94 * way - limits.every) / gate, 2 * known, limits.steps)
+    assert measured.count <= 2
+    if shortest > trust.LEAST / 2:
+        assert shortest * (1 - 1e-9) <= found.steps
+    assert found.steps <= max(longest, 0.0) * (1 + 1e-9)
+
+
+@given(st.floats(1.01, 100), lengths, limits, st.floats(0.01, 1))
+def test_where_the_real_steps_are_all_that_may_change_nothing_jumps_and_one_trial_tells(
+    times: float, known: float, limits: Limits, gate: float
+) -> None:
+    """As at a learning rate at which AdamW itself moves the outputs by the limit in a cycle."""
+    a_step = times * limits.fall / limits.every
+    measured = Measured(lambda h: (0.0, a_step * gate * h))
+    found = search(measured, known, limits, gate)
+    check(found, measured, known, limits, gate)
+    assert found.steps == 0 and measured.count == 1
 
 
 @given(st.floats(1.4, 3), st.floats(0.7, 1.5), lengths, limits)
 def test_a_model_that_bends_otherwise_jumps(kl: float, fall: float, known: float, limits: Limits) -> None:
     """The nearer the powers are to 2 and 1, the sooner the search ends; it never ends outside of the limits."""
     wanted = min(known, limits.steps)
-    measured = Measured(lambda h: (limits.kl * (h / wanted) ** kl, limits.fall * (h / wanted) ** fall))
+    share = wanted / (wanted + limits.every)
+    measured = Measured(
+        lambda h: (limits.kl * share**2 * (h / wanted) ** kl, limits.fall * share * (h / wanted) ** fall)
+    )
     found = search(measured, known, limits, 1.0)
     check(found, measured, known, limits)
-    assert found.steps >= wanted / 2
+    assert found.steps >= wanted / 2 or wanted < 2 * limits.every
 
 
 @given(lengths, limits, st.floats(0, trust.OPEN, exclude_max=True))
@@ -95,7 +119,7 @@ def test_lengths_fall_back_where_gates_are_shut(known: float, limits: Limits, ga
     """There any length is within the limits, and would be too long by far when the gates open."""
     first = known
     for _ in range(12):
-        found = search(lambda h: (0.009 * limits.kl, 0.009 * limits.fall), known, limits, gate)
+        found = search(lambda h: (0.0, 0.0), known, limits, gate)
         assert found.steps == min(2 * known, limits.steps)
         known = found.known
     assert known == max(min(first, trust.UNWATCHED, limits.steps), 0.5)
@@ -114,10 +138,11 @@ def test_lengths_grow_to_the_horizon_where_gates_are_open_and_nothing_is_felt(
 
 def test_lengths_recover_from_a_search_that_found_none() -> None:
     """After a cycle in which all was far outside of the limits, as rounding to bfloat16 can have it."""
-    limits = Limits(200, 0.02, 0.3)
-    known = search(lambda h: (1e6 * h, 1e6 * h), 50, limits, 1.0).known
+    limits = Limits(200, 0.02, 0.4, 5)
+    known = 50.0
+    for _ in range(8):
+        known = search(lambda h: (1e6 * h, 1e6 * h), known, limits, 1.0).known
     assert known == 0.5
-    known = search(lambda h: (0.0, 0.0) if h < 0.01 else (1.0, 1000.0), known, limits, 1.0).known
     for _ in range(9):
         found = search(lambda h: (1e-6 * h * h, 2e-3 * h), known, limits, 1.0)
         known = found.known
@@ -303,8 +328,10 @@ def test_what_is_measured_at_a_jump_is_what_the_jump_does(options: dict[str, Any
         last = optimizer.last_jump
         if (step + 1) % EVERY == 0 and last.length:
             kl, fall = measured_by_hand(twin, copy.deepcopy(model), step)
-            assert last.kl == pytest.approx(kl, rel=1e-3, abs=1e-6) and last.fall == pytest.approx(fall, rel=1e-3)
-            assert 0 < last.kl <= 0.02 and 0 < last.fall <= 0.3
+            cycle = 1 + EVERY / last.length  # real steps and jump, in jumps
+            assert last.kl == pytest.approx(cycle**2 * kl, rel=1e-3, abs=1e-6)
+            assert last.fall == pytest.approx(cycle * fall, rel=1e-3)
+            assert 0 < last.kl <= 0.02 and 0 < last.fall <= 0.5
             for p, q in zip(model.parameters(), twin.parameters()):
                 estimate = optimizer.state[p]["extra_estimate"]
                 torch.testing.assert_close(p - q, last.length / EVERY * estimate, rtol=1e-3, atol=1e-6)
@@ -315,19 +342,23 @@ def test_what_is_measured_at_a_jump_is_what_the_jump_does(options: dict[str, Any
 
 def test_limits_of_the_group_hold() -> None:
     """Tight ones make short jumps, and each of the two can be the tighter one."""
-    found = []
-    for limits in ({"extra_kl": 1e-6}, {"extra_fall": 0.005}, {"extra_kl": 1.0, "extra_fall": 1.0}):
+
+    def jumps(**limits: float) -> list[Any]:
         model = llama()
-        optimizer = ExtraAdam(model.parameters(), extra_steps=5, **{**OPEN, "lr": 3e-3}, **limits)
-        reports = []
+        optimizer = ExtraAdam(model.parameters(), extra_steps=5, **{**OPEN, "lr": 3e-4}, **limits)
+        reports = {}
         for step in range(8 * EVERY):
             take(model, optimizer, step)
-            reports.append(optimizer.last_jump)
-        jumps = [r for r in reports if r is not None and r.length]
-        assert jumps and all(r.kl <= limits.get("extra_kl", 0.02) for r in jumps)
-        assert all(r.fall <= limits.get("extra_fall", 0.3) and r.length <= 5 for r in jumps)
-        found.append(jumps[-1].length)
-    assert max(found[:2]) < 5 == found[2], found
+            reports[step // EVERY] = optimizer.last_jump
+        return [report for report in reports.values() if report and report.length]
+
+    free = jumps(extra_kl=1.0, extra_fall=10.0)
+    assert free and all(jump.length == 5 for jump in free)
+    for name in "kl", "fall":
+        most = 0.8 * max(getattr(jump, name) for jump in free)
+        tight = jumps(**{"extra_kl": 1.0, "extra_fall": 10.0, f"extra_{name}": most})
+        assert tight and all(getattr(jump, name) <= most for jump in tight), (name, tight)
+        assert min(jump.length for jump in tight) < 5, (name, tight)
 
 
 @pytest.mark.parametrize("options", [{"extra_kl": None}, {"extra_watch": False}], ids=["no limit", "not watched"])
@@ -445,5 +476,5 @@ def test_a_failing_choice_leaves_the_weights_elsewhere() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        region.choose(move, 1.0, list(model.parameters()), 1.0, Limits(10, 1, 1), True)
+        region.choose(move, 1.0, list(model.parameters()), 1.0, Limits(10, 1, 1, EVERY), True)
     assert moves == [0.0, 2.0, 0.0] and not region.watch.captured and model.training

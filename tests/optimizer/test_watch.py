@@ -104,7 +104,7 @@ def test_a_plain_loop(explicitly: bool) -> None:
 
 def test_another_optimizer_within_extra() -> None:
     model = llama()
-    optimizer = Extra(torch.optim.SGD(model.parameters(), lr=0.05), extra_every=EVERY, extra_gate=None)
+    optimizer = Extra(torch.optim.SGD(model.parameters(), lr=0.01), extra_every=EVERY, extra_gate=None, extra_fall=0.3)
     watched(train(model, optimizer))
 
 

@@ -88,7 +88,7 @@ def test_weights_that_are_merged_in_eval_mode_are_parted_by_what_was_merged() ->
     model = Net()
     model.head = Merging(16, 5)
     before = model.head.weight.clone()
-    reports = train(model, ExtraAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2), 8 * EVERY)
+    reports = train(model, ExtraAdam([p for p in model.parameters() if p.requires_grad], lr=1e-3), 8 * EVERY)
     assert sum(report.length > 0 for report in reports) >= 6 and not model.head.merged
     torch.testing.assert_close(model.head.weight, before, rtol=0, atol=1e-5)
 
@@ -110,7 +110,7 @@ class Writing(Net):
 
 def test_a_model_that_writes_into_its_inputs_finds_the_same_in_each_trial_and_the_batch_is_left_alone() -> None:
     model = Writing()
-    optimizer = ExtraAdam(model.parameters(), lr=1e-2)
+    optimizer = ExtraAdam(model.parameters(), lr=1e-3)
     x, y = batch()
     for _ in range(2 * EVERY):
         given = x.clone()
@@ -135,7 +135,7 @@ def test_a_buffer_made_in_inference_mode_is_as_before() -> None:
     model = Scaled()
     with torch.inference_mode():
         model.register_buffer("scale", torch.ones(8))
-    reports = train(model, ExtraAdam(model.parameters(), lr=1e-2), 3 * EVERY)
+    reports = train(model, ExtraAdam(model.parameters(), lr=1e-3), 3 * EVERY)
     assert reports[-1].length > 0
     assert torch.equal(model.scale, torch.ones(8)) and model.scale.is_inference()
 
@@ -164,13 +164,13 @@ def test_positions_that_cannot_be_told_leave_the_jump_out() -> None:
 
     model = Odd()
     with pytest.warns(RuntimeWarning, match="the model failed on its last inputs.*not built yet"):
-        reports = train(model, ExtraAdam(model.parameters(), lr=1e-2), 3 * EVERY)
+        reports = train(model, ExtraAdam(model.parameters(), lr=1e-3), 3 * EVERY)
     assert [report.length for report in reports] == [0, 0, 0]
 
 
 def test_a_search_for_the_model_asks_for_the_parameters_once_a_step() -> None:
     model, other = Net(), nn.Sequential(*(nn.Linear(8, 8) for _ in range(50)))
-    optimizer = ExtraAdam(model.parameters(), lr=1e-2)
+    optimizer = ExtraAdam(model.parameters(), lr=1e-3)
     asked, own = [], optimizer._trust.watch._own
     optimizer._trust.watch._own = lambda: asked.append(1) or own()  # type: ignore[func-returns-value]
     for _ in range(3):
@@ -201,7 +201,7 @@ def test_jumps_are_measured_when_most_parameters_are_frozen_in_mid_run() -> None
 def test_jumps_are_measured_when_layers_are_unfrozen_one_by_one() -> None:
     model = Net()
     model.body.requires_grad_(False)
-    optimizer = ExtraAdam(model.parameters(), lr=1e-2)
+    optimizer = ExtraAdam(model.parameters(), lr=1e-3)
     train(model, optimizer, EVERY + 2)
     model.body[2].requires_grad_(True)
     train(model, optimizer, EVERY + 1)
@@ -213,7 +213,7 @@ def test_jumps_are_measured_when_layers_are_unfrozen_one_by_one() -> None:
 
 def test_jumps_are_measured_when_replaced_parameters_leave_their_state_behind() -> None:
     model = Net()
-    optimizer = ExtraAdam(model.parameters(), lr=1e-2)
+    optimizer = ExtraAdam(model.parameters(), lr=1e-3)
     train(model, optimizer, 2 * EVERY)
     model.body = Net().body
     optimizer.param_groups[0]["params"] = list(model.parameters())
@@ -225,8 +225,8 @@ def test_jumps_are_measured_when_replaced_parameters_leave_their_state_behind() 
 def test_a_step_without_gradients_before_the_end_of_a_cycle_changes_no_jump_and_no_resumed_run(wrap: bool) -> None:
     def make(model: nn.Module) -> Any:
         if wrap:
-            return Extra(torch.optim.AdamW(model.parameters(), lr=1e-2))
-        return ExtraAdam(model.parameters(), lr=1e-2)
+            return Extra(torch.optim.AdamW(model.parameters(), lr=1e-3))
+        return ExtraAdam(model.parameters(), lr=1e-3)
 
     def run(without: set[int], resume: int | None = None) -> tuple[nn.Module, list[Any]]:
         torch.manual_seed(0)
@@ -256,7 +256,7 @@ def test_a_step_without_gradients_before_the_end_of_a_cycle_changes_no_jump_and_
 
 def test_after_another_number_of_steps_in_a_cycle_the_very_next_end_is_measured() -> None:
     model = Net()
-    optimizer = ExtraAdam(model.parameters(), lr=1e-2)
+    optimizer = ExtraAdam(model.parameters(), lr=1e-3)
     train(model, optimizer, 2 * EVERY + 2)
     optimizer.param_groups[0]["extra_every"] = 1
     optimizer.reset_anchor()
@@ -290,7 +290,7 @@ def test_the_horizon_of_a_group_without_a_trust_region_lengthens_no_search() -> 
 @pytest.mark.parametrize("call", ["jump", "reset_anchor"])
 def test_cycles_that_were_switched_off_and_forgotten_are_left_alone(call: str) -> None:
     p = nn.Parameter(torch.randn(6, 3))
-    optimizer = Extra(torch.optim.AdamW([p], lr=1e-2), extra_watch=False)
+    optimizer = Extra(torch.optim.AdamW([p], lr=1e-3), extra_watch=False)
     for _ in range(2 * EVERY + 2):
         p.grad = torch.ones_like(p)
         optimizer.step()
