@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
-from extraopt import ExtraAdam, gate
+from extraopt import ExtraAdam
 from extraopt.integrations.transformers import ExtraCallback
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "grpo_smollm2.py"
@@ -61,19 +61,18 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {}),
     "ExtraAdam": (ExtraAdam, {}),
     "RL-Extra (20,100)": (ExtraAdam, PAPER),
-    "ExtraAdam extra_fall=0.3": (ExtraAdam, {"extra_fall": 0.3}),
-    "ExtraAdam extra_fall=0.3, without g^2": (ExtraAdam, {"extra_fall": 0.3}),  # in the weight of the newest drift
 }
-# of rules before, all but the last without a trust region; their rows stay, but can't be made any more
-BEFORE = [f"before: ExtraAdam{of}" for of in ("", " no rollback", " (5,25)", " (start 61)", " (k=10)")]
+# of rules before; their rows stay, but can't be made any more. The last four had a trust region, for the jump alone.
+OF_THE_JUMP = " (k=10)", " (fall 0.1)", " (fall 0.3)", " (fall 0.3, no g^2)"
+BEFORE = [f"before: ExtraAdam{of}" for of in ("", " no rollback", " (5,25)", " (start 61)", *OF_THE_JUMP)]
 COLOURS = dict(
     zip(
         [*OPTIMIZERS, *BEFORE],
-        "#64748b #0072b2 #000000 #882255 #117733 #d55e00 #e69f00 #009e73 #cc79a7 #56b4e9".split(),
+        "#64748b #0072b2 #000000 #d55e00 #e69f00 #009e73 #cc79a7 #56b4e9 #882255 #117733 #999933".split(),
         strict=True,
     )
 )
-SHOWN = "AdamW", "ExtraAdam", "ExtraAdam extra_fall=0.3"  # in pictures, and run by run
+SHOWN = "AdamW", "ExtraAdam"  # in pictures, and run by run
 COURSE = ("chain_sum", "full", 1e-6, "fp32")  # what the README shows
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few
 EARLY = (40, 60)  # steps up to which the table has a level, besides the end
@@ -217,7 +216,6 @@ def train(
     transformers.set_seed(config.seed)
     path = str(demo.bundled_model()) if preset.model == demo.BUNDLED else preset.model
     kind, hyperparameters = OPTIMIZERS[run["optimizer"]]
-    gate.NEWEST = 0.0 if run["optimizer"].endswith("without g^2") else 1.0
     bar = progress.add_task(
         f"{run['task']} {run['tuning']} {run['optimizer']} {run['lr']:g}", total=preset.steps, note=""
     )

@@ -361,6 +361,19 @@ def test_limits_of_the_group_hold() -> None:
         assert min(jump.length for jump in tight) < 5, (name, tight)
 
 
+def test_a_cycle_whose_real_steps_use_up_the_limits_is_adamws_and_still_tells_its_gate() -> None:
+    """At a learning rate at which five steps of AdamW change the outputs by more than a cycle may."""
+    model, twin = llama(), llama()
+    optimizer = ExtraAdam(model.parameters(), extra_fall=1e-3, **OPEN)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=OPEN["lr"])
+    for step in range(3 * EVERY):
+        take(model, optimizer, step)
+        take(twin, adamw, step)
+    report = optimizer.last_jump
+    assert report.length == 0 == report.jumped and report.gate == 1 and math.isnan(report.kl)
+    assert_same(list(model.parameters()), list(twin.parameters()))
+
+
 @pytest.mark.parametrize("options", [{"extra_kl": None}, {"extra_watch": False}], ids=["no limit", "not watched"])
 def test_a_rule_without_a_trust_region_neither_runs_the_model_nor_warns(options: dict[str, Any]) -> None:
     model = llama()
