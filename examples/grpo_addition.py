@@ -102,7 +102,7 @@ def report(runs: dict[str, dict[str, Any]]) -> None:
         "seconds": [f"{run['seconds']:.0f}" for run in runs.values()],
         "jumps": [str(len(run["jumps"]) or "") for run in runs.values()],
     }
-    for name, key, form in (("longest jump, in steps", "length", ".0f"), ("largest KL of a jump", "kl", ".4f")):
+    for name, key, form in (("longest jump, in steps", "length", ".0f"), ("largest KL of a cycle", "kl", ".4f")):
         found = [[jump[key] for jump in run["jumps"] if not math.isnan(jump[key])] for run in runs.values()]
         rows[name] = [format(max(values), form) if values else "" for values in found]
     for name, cells in rows.items():

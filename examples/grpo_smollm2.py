@@ -202,7 +202,7 @@ def report(runs: dict[str, dict[str, Any]]) -> None:
         "seconds": [f"{run['seconds']:.0f}" for run in runs.values()],
         "jumps": [str(len(jumps(run)) or "") for run in runs.values()],
     }
-    for name, key, form in (("longest jump, in steps", "length", ".0f"), ("largest KL of a jump", "kl", ".4f")):
+    for name, key, form in (("longest jump, in steps", "length", ".0f"), ("largest KL of a cycle", "kl", ".4f")):
         found = [[cycle[key] for cycle in run["cycles"] if not math.isnan(cycle[key])] for run in runs.values()]
         lines[name] = [format(max(values), form) if values else "" for values in found]
     for name, cells in lines.items():

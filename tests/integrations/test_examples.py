@@ -39,7 +39,7 @@ def test_hf_trainer_with_lora_resumes_and_keeps_jumping(tmp_path: Path):
 def test_the_demo_shows_fewer_steps_to_the_same_accuracy(tmp_path: Path):
     out = tmp_path / "demo"
     table = run(tmp_path, "grpo_addition.py", "--steps", "60", "--out", str(out))
-    assert "real steps to AdamW's last accuracy" in table and "largest KL of a jump" in table
+    assert "real steps to AdamW's last accuracy" in table and "largest KL of a cycle" in table
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     adamw, extra = json.loads((out / "demo.json").read_text())["runs"].values()
     assert adamw["accuracy"][0] == extra["accuracy"][0] and not adamw["jumps"]
