@@ -64,8 +64,8 @@ class ExtraAdam(AdamW, CycleMixin):
             &\hspace{10mm}\theta(h) = \theta_t - r \, D / 2 + g \, (h / k) \, V                      \\
             &\hspace{10mm}h \leftarrow \text{the longest tried}, \leq N, \text{ with } c^2 \, \text{KL}
                 (p_{\theta(0)} \Vert \, p_{\theta(h)}) \leq \delta
-                \text{ and } c \, \text{fall} \leq \epsilon_f, \; c = 1 + k / (\bar{g} h);           \\
-            &\hspace{14mm}N \text{ if } \delta = \text{None}                                        \\
+                \text{ and } c \, \text{fall} \leq \epsilon_f, \; c = 1 + s / h;                      \\
+            &\hspace{14mm}0 \text{ if none is}; \; N \text{ if } \delta = \text{None}                  \\
             &\hspace{10mm}\textbf{if} \: t \geq s \text{ and, with a gate, } V \text{ was not } 0: \;
                 \theta_t \leftarrow \theta(h)                                                       \\
             &\hspace{10mm}A \leftarrow \theta_t                                                  \\
@@ -88,12 +88,13 @@ class ExtraAdam(AdamW, CycleMixin):
     the model's training forward pass are remembered; within ``step`` the model runs on them again, in eval mode and
     without gradients, at :math:`\theta(0)` and at one to three lengths. The first is twice the length before, which
     halves where gates are shut. Two limits hold, over all positions and over those at which two tokens or more have a
-    probability of 1 %: the mean KL divergence, and the mean of the largest fall of such a token's log-probability,
-    since KL hardly sees what is seldom said. They are those of a whole cycle, whose :math:`k` real steps count as
-    :math:`k` more of a jump: where these alone change as much, nothing jumps. :math:`\bar{g}` is the gates' root mean
-    square. The model is found at its first training forward pass, or named by :meth:`watch`; where none can be
-    watched, jumps are at most 20 steps long and a warning says so. Under ``torch.distributed`` all ranks take one
-    decision.
+    probability of 1 in 1,000: the mean KL divergence, and the mean of the largest fall of such a token's
+    log-probability, since KL hardly sees what is seldom said. They are those of a whole cycle: its real steps went as
+    far along the jump as :math:`s = \langle D, u \rangle / \langle u, u \rangle` steps of it, with
+    :math:`u = g V / k` over all tensors. No jump is tried that is shorter than :math:`s`, or than 20 steps where
+    :math:`s` is more: where real steps alone change half of what a cycle may, nothing jumps. The model is found at its
+    first training forward pass, or named by :meth:`watch`; where none can be watched, jumps are at most 20 steps long
+    and a warning says so. Under ``torch.distributed`` all ranks take one decision.
 
     ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None, extra_kl=None`` is the rule of RL-Extra in
     `Linear Dynamics in the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and
@@ -127,7 +128,7 @@ class ExtraAdam(AdamW, CycleMixin):
         extra_kl (float, optional): :math:`\delta`, the largest mean KL divergence by a cycle, in nats, > 0; None is no
             trust region: every jump is :math:`N` steps long (default: 0.02, what PPO's clip of 0.2 allows)
         extra_fall (float, optional): :math:`\epsilon_f`, the largest mean fall of a plausible token's log-probability
-            by a cycle, in nats, > 0; inf is no such limit (default: 0.5)
+            by a cycle, in nats, > 0; inf is no such limit (default: 0.8)
         extra_watch (bool, optional): find the model at its first training forward pass and watch its outputs; False
             watches nothing unless :meth:`watch` is called (default: True)
         extra_offload (bool, optional): keep anchors and estimates of tensors on a GPU in pinned host memory, and pass
@@ -203,7 +204,7 @@ class ExtraAdam(AdamW, CycleMixin):
         extra_gate: float | None = 0.5,
         extra_start: int = 0,
         extra_kl: float | None = 0.02,
-        extra_fall: float = 0.5,
+        extra_fall: float = 0.8,
         extra_watch: bool = True,
         extra_offload: bool = False,
     ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import gate as gates
 from .kernels import TensorLists
 from .sharding import local, sum_over_shards
-from .trust import Length
+from .trust import Length, Reach
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,13 @@ class JumpReport:
         step: applied optimizer steps of the tensors concerned (the largest, where they differ).
         length: h, how many steps ahead an open gate let a tensor jump; 0 where nothing jumped.
         gate: how far the gates were open, 0 to 1, whatever the length: the root mean square over tensors, by the
-            squared length of their estimates; 0 in the first cycle.
+            squared length of their estimates; with a gate, 0 in the first cycle.
         coherence: cos(drift of this cycle, estimate so far) over all gated tensors together, -1 to 1.
         kl: mean KL divergence by the cycle, in nats: that of the model's outputs before the jump from those after it,
-            times (1 + k / (gate length))^2 for the real steps; NaN if not measured.
+            times (1 + s / length)^2, where the real steps went as far along the jump as s steps of it; NaN if nothing
+            jumped or nothing was measured.
         fall: mean of the largest fall of a plausible token's log-probability by the cycle, in nats: that of the jump,
-            times 1 + k / (gate length); likewise.
+            times 1 + s / length; likewise.
         drift_norm: ||V||, the estimate after this cycle, in weight units.
         weight_norm: ||W|| before the jump.
         jumped: tensors that jumped, be it little.
@@ -98,7 +99,7 @@ class Outcome:
     reset: list[int]
 
 
-Choose = Callable[[Callable[[float], None], float], Length]
+Choose = Callable[[Callable[[float], None], Reach], Length]
 
 
 def _tabulated(batches: Sequence[CycleBatch], tables: list[TensorLists]) -> list[TensorLists]:
@@ -133,9 +134,17 @@ class _Jump:
             furthest = torch.maximum(furthest, self.norms).where(furthest > 0, 0.0)
         self.overflow = gates.overflows(sums, furthest, [p.dtype for p in batch.params]) & may & (furthest > 0)
         self.opens = self.opens.where(may & ~self.overflow, 0.0)
-        self.gated_sq = float((self.norms * self.opens)[self.opens > 0].square().sum())
+        self.reach = self._reach()
         self.retreats = retreats.where(~self.overflow, 0.0)
         self.noise = gates.averaged_noise(cov, var, self.weights, batch.every, batch.momentum)
+
+    def _reach(self) -> Reach:
+        opened = self.opens > 0
+        opens, weights, norms = self.opens[opened], self.weights[opened], self.norms[opened]
+        along = (1 - weights) * self.sums[opened, 0] + weights * self.sums[opened, 1]  # <D, V>, V the new estimate
+        gated_sq = float((opens * norms).square().sum())
+        every = self.batch.every
+        return Reach(float((opens * along).sum()) / every, gated_sq / every**2, gated_sq, self.drift_sq)
 
     def end_cycle(self) -> Outcome:
         """The new estimates and, as anchors, the weights after the retreat; the tensors that are refused stay."""
@@ -182,9 +191,8 @@ class _Jump:
                 a.copy_(p.detach())
 
 
-def _gate(jumps: Sequence[_Jump]) -> float:
-    drift_sq = sum(jump.drift_sq for jump in jumps)
-    return (sum(jump.gated_sq for jump in jumps) / drift_sq) ** 0.5 if drift_sq > 0 else 0.0
+def _together(jumps: Sequence[_Jump]) -> Reach:
+    return Reach(*(sum(each) for each in zip(*(astuple(jump.reach) for jump in jumps))))
 
 
 def _lists(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> TensorLists:
@@ -206,8 +214,8 @@ def end_cycle(
             Their params, anchors and estimates are written in place.
         tables: what this function left there when it was last called, or empty; written in place.
         longest: no length is tried beyond it, but for batches that are not limited.
-        choose: says how far to jump, given a function that moves the weights to a length, any number of times, and how
-            far the gates of what is moved are open, 0 to 1. Asked only where a limited tensor is to jump.
+        choose: says how far to jump, given a function that moves the weights to a length, any number of times, and the
+            reach of what is moved. Asked only where a limited tensor is to jump.
 
     Returns:
         What was done; the length chosen, None where none was; what became of each batch.
@@ -230,7 +238,11 @@ def end_cycle(
         for jump in limited:
             jump.move(length)
 
-    chosen = choose(move, _gate(limited)) if limited else None
+    try:
+        chosen = choose(move, _together(limited)) if limited else None
+    except BaseException:
+        move(0.0)
+        raise
     if chosen:
         move(chosen.steps)
     for jump in jumps:
@@ -253,7 +265,7 @@ def end_cycle(
             RuntimeWarning,
             stacklevel=2,
         )
-    gate, drift_norm = _gate(jumps), sum(jump.drift_sq for jump in jumps) ** 0.5
+    gate, drift_norm = _together(jumps).gate, sum(jump.drift_sq for jump in jumps) ** 0.5
     kl, fall = (chosen.kl, chosen.fall) if chosen else (math.nan, math.nan)
     report = JumpReport(step, length, gate, cosine, kl, fall, drift_norm, weight_sq**0.5, jumped, len(refused))
     return report, chosen, outcomes

@@ -25,7 +25,7 @@ from .state import (
     whole,
     write_numbers,
 )
-from .trust import GROWTH, UNWATCHED, Length, Limits, TrustRegion
+from .trust import GROWTH, UNWATCHED, Length, Limits, Reach, TrustRegion
 
 
 def learning_rate_is_zero(group: Mapping[str, Any]) -> bool:
@@ -302,11 +302,10 @@ class CycleMixin:
             max((batch.horizon for batch in batches if batch.limited), default=0),
             min(group["extra_kl"] or float("inf") for group in groups),
             min(group["extra_fall"] for group in groups),
-            max(batch.every for batch in batches),
         )
 
-        def choose(move: Callable[[float], None], gate: float) -> Length:
-            return self._trust.choose(move, gate, params, known, limits, searching)
+        def choose(move: Callable[[float], None], reach: Reach) -> Length:
+            return self._trust.choose(move, reach, params, known, limits, searching)
 
         with self._moving(params):
             report, length, outcomes = end_cycle(batches, self._schedule.tables, max(GROWTH * known, UNWATCHED), choose)
@@ -342,7 +341,7 @@ class CycleMixin:
         at the end of an RL iteration. The drift is that of the steps taken since the anchor, so a cycle that is ended
         after a part of its k steps jumps about that part as far. Parameters without an applied step since their anchor
         are left alone: calling this twice, or right after a cycle ended by itself, does nothing. With a trust region it
-        is no longer than the last jump, and than 20 steps: there are no inputs to try it on.
+        is no longer than the last length found, and than 20 steps: there are no inputs to try it on.
 
         Returns:
             What was done, or None where there was nothing to do.

@@ -263,11 +263,11 @@ def check_group(group: dict[str, Any]) -> None:
     From the start: torch.distributed.checkpoint reads only what a fresh optimizer has.
 
     Raises:
-        ValueError: it is no positive number.
+        ValueError: it is no finite number >= 0.
     """
     length = group.setdefault("extra_length", UNWATCHED)
-    if not is_number(length) or length <= 0:
-        raise ValueError(f"Invalid extra_length: {length!r:.80}. It must be a finite number > 0.")
+    if not is_number(length) or length < 0:
+        raise ValueError(f"Invalid extra_length: {length!r:.80}. It must be a finite number >= 0.")
     group["extra_length"] = float(length)
     for key in ("extra_scale", "extra_reports"):  # of a rule before this one
         group.pop(key, None)

@@ -18,10 +18,8 @@ TRIALS = 3
 MARGIN = 0.95  # of the length that the last trial's fit proposes
 GROWTH = 2.0  # of the last length, up to which the next is looked for
 OPEN = 0.25  # gate from which on a length may grow
-LEAST = 1.0  # step: no search starts from less
-LEAST_GATE = 1e-6  # squares of smaller ones are lost beside those of other tensors
 COUNTED = 1.0  # how much of a cycle's real steps counts towards the limits
-PLAUSIBLE = 0.01  # probability of a token from which on its fall counts
+PLAUSIBLE = 0.001  # probability of a token from which on its fall counts
 UNWATCHED = 20.0  # steps: the longest jump where no model can be watched; the first search starts from twice of it
 CHUNK_BYTES = 1 << 23  # of float32 logits that are compared at a time
 
@@ -32,7 +30,7 @@ class Length:
 
     Attributes:
         steps: h; 0 is no jump.
-        known: the length that the next search starts from twice of.
+        known: the length that the next search starts from twice of; 0 where none was found.
         kl, fall: by how much the cycle changed the outputs, its real steps counted in; NaN where nothing was measured.
     """
 
@@ -44,54 +42,81 @@ class Length:
 
 @dataclass(frozen=True)
 class Limits:
-    """N, and how far a cycle of `every` real steps and a jump may change the outputs: mean KL and mean fall.
-
-    See :class:`Outputs` for these.
-    """
+    """N, and how far a cycle, real steps and jump, may change the outputs: mean KL and mean fall, see `Outputs`."""
 
     steps: float
     kl: float
     fall: float
-    every: int
 
 
-def search(measure: Callable[[float], tuple[float, float]], known: float, limits: Limits, gate: float) -> Length:
-    """The longest of a few lengths at which the outputs stay within the limits.
+@dataclass(frozen=True)
+class Reach:
+    """How far the real steps of a cycle went the way that its jump goes on, and how far gates are open.
 
-    The limits are those of a whole cycle, since only its real steps sample, and can correct, what has changed. Behind a
-    gate g a jump of h steps moves the weights g h / k times as far as the k real steps did along the same line: what it
-    changes is g h of g h + k parts. KL grows about as the square of a way and the fall in proportion to it: that makes
-    a cycle's change of the measured one, and from that each trial proposes the next. None is taken that was not itself
-    measured; no more are tried where the real steps alone are as much as may be.
+    Sums over the tensors that may jump, so that ranks which hold different ones can add theirs up.
+
+    Attributes:
+        along: <D, u>; u = g V / k is what one step of the jump adds to the weights.
+        step_sq: <u, u>.
+        gated_sq, drift_sq: ||g V||^2 and ||V||^2.
+    """
+
+    along: float
+    step_sq: float
+    gated_sq: float
+    drift_sq: float
+
+    @property
+    def real(self) -> float:
+        """The length of a jump that would go as far; of a path that is all noise none. k where gates are open."""
+        return max(self.along, 0.0) / self.step_sq if self.step_sq > 0 else 0.0
+
+    @property
+    def gate(self) -> float:
+        """How far the gates are open, 0 to 1."""
+        return math.sqrt(self.gated_sq / self.drift_sq) if self.drift_sq > 0 else 0.0
+
+
+def search(
+    measure: Callable[[float], tuple[float, float]], known: float, limits: Limits, real: float, gate: float
+) -> Length:
+    """The longest of a few lengths by which the cycle changes the outputs by no more than the limits.
+
+    The limits are those of a whole cycle, since only its real steps sample, and can correct, what has changed: these
+    went as far as a jump of `real` steps. KL grows about as the square of a way and the fall in proportion to it, which
+    makes a cycle's change of the measured one of its jump; from that each trial proposes the next. None is taken that
+    was not itself measured, and none that does not at least double the cycle: so little is not worth its risk, and
+    rounding, which is as large at a short length as at a long one, would count many times.
 
     The search starts from twice the length known. Lengths grow cycle by cycle where gates are open, and fall back
     towards `UNWATCHED` where they are shut: there any length is within the limits, and would be too long when they
-    open. Where none is within, the next search starts from half of the last one.
+    open. Where none is within, the next search starts from the shortest.
 
     Args:
         measure: moves the weights to a length and says how far the outputs are from those at 0: mean KL, mean fall; not
             finite where the model failed, which ends the search.
-        known: what the last search found, > 0.
+        known: what the last search found, >= 0.
         limits: none of them is exceeded.
+        real: as in `Reach`, >= 0.
         gate: how far the gates of what jumps are open, 0 to 1.
     """
-    proposed, gate, real = min(GROWTH * known, limits.steps), max(gate, LEAST_GATE), COUNTED * limits.every
+    real *= COUNTED
+    shortest = min(max(real, 1.0), UNWATCHED, limits.steps)
+    tried = min(max(GROWTH * known, shortest), limits.steps)
     for _ in range(TRIALS):
-        tried = proposed
         kl, fall = measure(tried)
-        way = gate * tried + real
-        cycle = way / (gate * tried)
+        cycle = 1 + real / tried
         kl, fall = kl * cycle * cycle, fall * cycle
         used = max(math.sqrt(max(kl, 0.0) / limits.kl), fall / limits.fall)
         if not all(map(math.isfinite, (kl, fall, used))):
             break
         if used <= 1:
-            longest = tried if gate >= OPEN else min(tried, max(known / GROWTH, min(known, UNWATCHED)))
-            return Length(tried, max(longest, LEAST / 2), kl, fall)
-        proposed = (MARGIN * way / used - real) / gate
-        if proposed < LEAST / 2:
+            most = limits.steps if gate >= OPEN else max(known / GROWTH, UNWATCHED)
+            return Length(tried, min(tried, most), kl, fall)
+        if tried == shortest:
             break
-    return Length(0.0, max(tried / 2, LEAST) / 2)
+        tried = max(MARGIN * (tried + real) / used - real, shortest)
+    return Length(0.0, 0.0)
 
 
 class Outputs:
@@ -156,7 +181,7 @@ class TrustRegion:
     def choose(
         self,
         move: Callable[[float], None],
-        gate: float,
+        reach: Reach,
         params: Sequence[Tensor],
         known: float,
         limits: Limits,
@@ -166,9 +191,9 @@ class TrustRegion:
 
         Args:
             move: writes the weights of a length, any number of times; called for those that are tried.
-            gate: how far the gates of what is moved are open, 0 to 1.
+            reach: of what is moved, on this rank.
             params: those of the optimizer, on this rank.
-            known: what the last search found, > 0.
+            known: what the last search found, >= 0.
             limits: none of them is exceeded.
             searching: whether there ought to be inputs to run the model on. Where there are none, the jump is no longer
                 than the last one, and than one without a trust region.
@@ -183,7 +208,8 @@ class TrustRegion:
                 ranks = Ranks(self.watch, params, self.process_group)
             except Unusable as reason:
                 raise Unusable(blind or reason) from None
-            missing, unusable, _ = ranks.sum(not (searching and self.watch.captured), blind is not None)
+            of_rank = reach.along, reach.step_sq, reach.gated_sq, reach.drift_sq
+            missing, unusable, *of_all = ranks.sum(not (searching and self.watch.captured), blind is not None, *of_rank)
             if unusable:
                 raise Unusable(blind or "another rank that trains it has no model that can be watched")
             if missing:
@@ -196,7 +222,7 @@ class TrustRegion:
                         "training, tell the optimizer by watch(model).",
                     )
                 return unmeasured
-            return self._search(move, gate, ranks, known, limits)
+            return self._search(move, Reach(*of_all), ranks, known, limits)
         except Unusable as reason:
             self._warn(
                 str(reason),
@@ -207,7 +233,9 @@ class TrustRegion:
         finally:
             self.watch.release()
 
-    def _search(self, move: Callable[[float], None], gate: float, ranks: Ranks, known: float, limits: Limits) -> Length:
+    def _search(
+        self, move: Callable[[float], None], reach: Reach, ranks: Ranks, known: float, limits: Limits
+    ) -> Length:
         watch, positions, outputs = self.watch, list[Positions](), list[Outputs]()
         assert watch.model is not None
         failures: list[Exception] = []
@@ -246,7 +274,7 @@ class TrustRegion:
         try:
             with watch.undisturbed():
                 attempt(0.0)
-                length = search(measure, known, limits, gate)
+                length = search(measure, known, limits, reach.real, reach.gate)
         except BaseException:
             move(0.0)
             raise

@@ -44,7 +44,7 @@ def test_the_demo_shows_fewer_steps_to_the_same_accuracy(tmp_path: Path):
     adamw, extra = json.loads((out / "demo.json").read_text())["runs"].values()
     assert adamw["accuracy"][0] == extra["accuracy"][0] and not adamw["jumps"]
     assert extra["jumps"][0]["step"] == 10 and len(extra["jumps"]) > 8
-    assert all(jump["kl"] <= 0.02 and jump["fall"] <= 0.5 for jump in extra["jumps"])
+    assert all(jump["kl"] <= 0.02 and jump["fall"] <= 0.8 for jump in extra["jumps"])
     end = adamw["accuracy"][-1][1]
     assert next(step for step, accuracy in extra["accuracy"] if accuracy >= end) <= 40
 

@@ -496,7 +496,7 @@ def test_a_decoder_is_taken_for_as_long_as_its_encoder(mask: bool) -> None:
         shown = torch.tensor([[1] * 3 + [0] * 2, [1] * 5])
         return {**made, "attention_mask": torch.ones(2, 8), **({"decoder_attention_mask": shown} if mask else {})}
 
-    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    optimizer = ExtraAdam(model.parameters(), **{**OPEN, "lr": 3e-4})
     watched(train(model, optimizer, inputs, loss=lambda output: -output.logits.log_softmax(-1)[..., 3].mean()))
     optimizer._trust.watch.armed = True
     model(**inputs(0))

@@ -302,3 +302,59 @@ def test_cycles_that_were_switched_off_and_forgotten_are_left_alone(call: str) -
     getattr(optimizer, call)()
     getattr(optimizer, call)()
     assert "extra_anchor" not in optimizer.state[p]
+
+
+# --- what the real steps count --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", [{"extra_kl": None, "extra_steps": 1}, {"extra_start": 10**9}], ids=["free", "shut"])
+def test_longer_cycles_of_parameters_that_do_not_jump_shorten_no_jump(other: dict[str, Any]) -> None:
+    lengths = []
+    for group in ({}, {"extra_every": 4 * EVERY, **other}):
+        torch.manual_seed(0)
+        model, beside = Net(), nn.Parameter(torch.ones(3))
+        optimizer = ExtraAdam([{"params": model.parameters()}, {"params": [beside], **group}], lr=1e-4, extra_gate=None)
+        beside.register_hook(torch.zeros_like)
+        model.register_forward_hook(lambda m, x, out, w=beside: setattr(out, "logits", out.logits + 0 * w.sum()))
+        lengths.append([report.length for report in train(model, optimizer, 5 * EVERY)])
+    assert lengths[0] == pytest.approx(lengths[1]) and all(lengths[0])
+
+
+def test_a_noisy_tensor_with_an_old_estimate_does_not_stop_all_others_after_the_learning_rate_has_fallen() -> None:
+    """Its gate is shut, so that it does not jump: how far it went does not count."""
+    model, noise = Net(), nn.Parameter(torch.zeros(50_000))
+    optimizer = ExtraAdam([*model.parameters(), noise], lr=1e-2)
+    noise.register_hook(torch.randn_like)
+    model.register_forward_hook(lambda m, x, out: setattr(out, "logits", out.logits + 0 * noise.sum()))
+    train(model, optimizer, 6 * EVERY)
+    optimizer.param_groups[0]["lr"] = 1e-5
+    reports = train(model, optimizer, 20 * EVERY)
+    assert min(report.length for report in reports[8:]) >= 20 and all(report.gate < 0.25 for report in reports[8:])
+
+
+def test_a_jump_by_hand_after_cycles_without_a_length_does_not_jump_either() -> None:
+    model = Net()
+    optimizer = ExtraAdam(model.parameters(), lr=1e-2, extra_gate=None, extra_fall=1e-3)
+    reports = train(model, optimizer, 2 * EVERY)
+    assert [report.length for report in reports] == [0, 0]
+    train(model, optimizer, EVERY - 1)
+    before = [p.clone() for p in model.parameters()]
+    report = optimizer.jump()
+    assert report is not None and report.length == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_an_error_before_the_first_trial_leaves_weights_and_anchors_together() -> None:
+    model = Net()
+    optimizer = ExtraAdam(model.parameters(), lr=1e-2)
+    train(model, optimizer, 3 * EVERY - 1)
+    x, y = batch()
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x).logits, y).backward()
+    optimizer._trust.watch.release()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="without a forward pass"):
+            optimizer.step()
+    for p in model.parameters():
+        assert torch.equal(p, optimizer.state[p]["extra_anchor"])
