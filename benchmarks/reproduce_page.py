@@ -206,7 +206,8 @@ def sigmoids(results: Json) -> str:
 def shares(results: Json) -> str:
     """Where a step's time goes."""
     clock, jumps = results["extra"]["clock"], results["extra"]["jumps"]
-    searched = sum(jump[4] is not None for jump in jumps)
+    # the clock may be of fewer steps than the run
+    searched = sum(step <= clock["steps"] and gate > 0 for step, _, gate, *_ in jumps)
     named = {name: f"{100 * share:.1f} %" for name, share in clock["shares"].items()}
     named["steps, searches"] = f"{clock['steps']}, {searched}"
     named["one search"] = f"{clock['shares']['trust region'] * clock['steps'] / searched:.2f} steps"
