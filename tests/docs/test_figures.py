@@ -233,7 +233,8 @@ SOURCES = [
 RETELLING = ["index", "getting-started", "recipes", "watch", "how-it-works", "compatibility", "reproducing"]
 FIGURE = re.compile(r"(?<![\w.,])(\d+\.\d+x?|\d+(?:\.\d+)? ?%)(?![\w.])")
 # not measured: hyperparameters, versions, constants of the rule and of others (PPO's clip, AdamW's betas)
-NO_MEASUREMENT = {"0.02", "0.1", "0.3", "0.5", "0.8", "0.9", "1 %", "0.2", "1.2", "2.7", "3.3", "3.10", "3.13", "2601.04537",
+NO_MEASUREMENT = {"0.02", "0.1", "0.3", "0.5", "0.8", "0.9",
+                  "1 %", "0.2", "1.2", "2.7", "3.3", "3.10", "3.13", "2601.04537",
                   "1802.10551", "1.0", "0.71", "0.34", "0.25"}  # fmt: skip
 
 
