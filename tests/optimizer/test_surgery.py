@@ -387,7 +387,7 @@ def test_a_watched_model_is_pruned_in_mid_run() -> None:
     """Its embedding and its head, in a model whose outputs the trust region looks at."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16))
-    optimizer = ExtraAdam(model.named_parameters(), lr=0.01, extra_every=K, extra_steps=6, extra_gate=None)
+    optimizer = ExtraAdam(model.named_parameters(), lr=0.001, extra_every=K, extra_steps=6, extra_gate=None)
     optimizer.watch(model, logits=lambda output: output)
 
     def train(steps: range) -> None:

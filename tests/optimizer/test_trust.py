@@ -116,7 +116,7 @@ def test_a_model_that_bends_otherwise_jumps(kl: float, fall: float, known: float
     least = shortest(limits, real)
     share = least / (least + real)
     measured = Measured(
-        lambda h: (limits.kl * share**2 * (h / least) ** kl, limits.fall * share * 0.99 * (h / least) ** fall)
+        lambda h: (limits.kl * share**2 * 0.98 * (h / least) ** kl, limits.fall * share * 0.99 * (h / least) ** fall)
     )
     found = search(measured, known, limits, real, 1.0)
     check(found, measured, known, limits, real)
