@@ -80,7 +80,7 @@ def long_run(steps: int, window: int, settled: int) -> None:
     assert not caught, caught[0]
     assert late["objects"] - early["objects"] < 100
     assert late["blocks"] - early["blocks"] < window + 2000, "each time that was taken is a block, too"
-    assert late["bytes"] - early["bytes"] < 4_000_000
+    assert late["bytes"] - early["bytes"] < 8_000_000, "torch 2.7 settles 4 MB later, AdamW alone, too"
     # the fastest tenth: what else the machine does comes and goes
     assert statistics.quantiles(last, n=10)[0] < 1.5 * statistics.quantiles(first, n=10)[0]
 
