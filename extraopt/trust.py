@@ -68,7 +68,7 @@ class Reach:
 
     @property
     def real(self) -> float:
-        """The length of a jump that would go as far; of a path that is all noise none. k where gates are open."""
+        """The length of a jump that would go as far, in steps; k where gates are open on a clean path."""
         return max(self.along, 0.0) / self.step_sq if self.step_sq > 0 else 0.0
 
     @property
@@ -85,8 +85,8 @@ def search(
     The limits are those of a whole cycle, since only its real steps sample, and can correct, what has changed: these
     went as far as a jump of `real` steps. KL grows about as the square of a way and the fall in proportion to it, which
     makes a cycle's change of the measured one of its jump; from that each trial proposes the next. None is taken that
-    was not itself measured, and none that does not at least double the cycle: so little is not worth its risk, and
-    rounding, which is as large at a short length as at a long one, would count many times.
+    was not itself measured, and none shorter than `real`, or than `UNWATCHED` where that is less: so little is not
+    worth its risk, and rounding, which is as large at a short length as at a long one, would count many times.
 
     The search starts from twice the length known. Lengths grow cycle by cycle where gates are open, and fall back
     towards `UNWATCHED` where they are shut: there any length is within the limits, and would be too long when they
