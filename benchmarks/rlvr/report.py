@@ -2,6 +2,7 @@
 
 python benchmarks/rlvr/report.py benchmarks/results/rlvr.json             # tables beside it, rlvr.md, and pictures
 python benchmarks/rlvr/report.py benchmarks/results/rlvr.json --page      # and the table in docs/results.md
+python benchmarks/rlvr/report.py benchmarks/results/rlvr-slow.json --page # long budgets at low learning rates
 python benchmarks/rlvr/report.py benchmarks/results/rlvr-ablations.json   # the rule with one thing changed
 """
 
@@ -19,9 +20,9 @@ from PIL import Image
 
 Row = dict[str, Any]
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
-LONG = 400  # steps; longer budgets are cells of their own
+LONG = 400  # steps; longer budgets are a comparison of their own
 GAIN = 0.8  # part of AdamW's gain in accuracy, for the bars
-BEGIN, END = "<!-- made by benchmarks/rlvr/report.py -->", "<!-- end -->"
+BEGIN, END = "<!-- made by benchmarks/rlvr/report.py{of} -->", "<!-- end -->"
 
 
 def name_of(row: Row) -> str:
@@ -199,9 +200,8 @@ def _over_cells(values: dict[str, float]) -> list[str]:
 def bars(cells: list[Cell]) -> str:
     """What to expect at which learning rate: real steps to `GAIN` of a reference's gain, theirs over ExtraAdam's."""
     full = [c for c in cells if c.name.split(", ")[3] == "full" and not c.name.startswith("supervised")]
-    short, long = ([c for c in full if ("steps" in c.name) == is_long] for is_long in (False, True))
     tenth, same, default, best, peer = ({} for _ in range(5))
-    for c in short:
+    for c in full:
         adamw, ours, top = c.rows["AdamW"], c.rows["ExtraAdam"], c.best_lr("AdamW")
         ratios = [sooner(adamw[lr], ours[lr]) for lr in adamw if top / 10.5 <= lr <= top and lr in ours]
         same[c.name] = geometric_mean(ratios)
@@ -220,11 +220,22 @@ def bars(cells: list[Cell]) -> str:
         ["any learning rate, AdamW at its best", *_over_cells(best)],
         ["any learning rate, the best peer at its best", *_over_cells(peer)],
     ]
-    for c in long:
-        for lr in sorted(c.rows["ExtraAdam"]):
-            ratio = {c.name: sooner(c.rows["AdamW"][lr], c.rows["ExtraAdam"][lr])}
-            lines.append([f"{c.name}, {lr:g}, AdamW at the same", *_over_cells(ratio)])
     return _table(["learning rate", "speed", "over cells", "cells"], lines)
+
+
+def long_budgets(cells: list[Cell]) -> str:
+    """One line for each learning rate of budgets at which AdamW is far from its end when they are used up."""
+    lines = []
+    for cell in cells:
+        for lr, ours in sorted(cell.rows["ExtraAdam"].items()):
+            adamw = sorted(cell.rows["AdamW"][lr], key=lambda row: row["seed"])
+            ours = sorted(ours, key=lambda row: row["seed"])
+            ends = [", ".join(f"{final(row):.2f}" for row in rows) for rows in (adamw, ours)]
+            met = [f"{steps_to(own, final(row)):g}" for row, own in zip(adamw, ours, strict=True)]
+            whole, part = statistics.median(speedup(adamw, ours)), sooner(adamw, ours)
+            lines.append([f"{cell.name}, {lr:g}", *ends, ", ".join(met), f"{whole:.1f}x", f"{part:.1f}x"])
+    header = ["AdamW's end", "ExtraAdam's end", "ExtraAdam's steps to it", "speed", f"to {GAIN:.0%} of AdamW's gain"]
+    return _table(["task, algorithm, rollouts, tuning, budget, learning rate", *header], lines)
 
 
 def details(cell: Cell) -> str:
@@ -248,6 +259,16 @@ def details(cell: Cell) -> str:
             )
     header = ["optimizer", "lr", "end (range)", "mean", *(f"steps to {m:g}" for m in marks), "collapsed", "seconds"]
     return f"### {cell.name}\n\nBefore training: {cell.base:.3f}.\n\n" + _table(header, lines)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """As a PNG of few colours, a third of the size."""
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    few = Image.open(path).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
 
 
 def picture(cell: Cell, path: Path) -> None:
@@ -279,11 +300,28 @@ def picture(cell: Cell, path: Path) -> None:
     left.legend()
     right.legend()
     figure.suptitle(f"{cell.name} (median and range over seeds)")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    Image.open(path).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        path, optimize=True
-    )
+    _save(figure, path)
+
+
+def long_picture(cells: list[Cell], path: Path) -> None:
+    """Every run of long budgets, AdamW's and ExtraAdam's, one panel for each learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(cell, lr) for cell in cells for lr in sorted(cell.rows["ExtraAdam"])]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.2), sharey=True, layout="constrained")
+    for axis, (cell, lr) in zip(axes, panels, strict=True):
+        for optimizer, colour in (("AdamW", "#666666"), ("ExtraAdam", "#0072b2")):
+            for i, row in enumerate(cell.rows[optimizer][lr]):
+                steps, accuracies = zip(*smooth(row["curve"]))
+                axis.plot(steps, accuracies, color=colour, lw=1.2, label=None if i else optimizer)
+        axis.set(xlabel="real steps", title=f"{cell.name.split(', ')[2]}, lr {lr:g}")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(ylabel="accuracy")
+    axes[0].legend(frameon=False)
+    _save(figure, path)
 
 
 def overview(cells: list[Cell], path: Path) -> None:
@@ -309,11 +347,7 @@ def overview(cells: list[Cell], path: Path) -> None:
     axes.set(xlabel="AdamW's steps to its final accuracy / ExtraAdam's steps to it (0: not reached)", xlim=(-0.1, None))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-    Image.open(path).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        path, optimize=True
-    )
+    _save(figure, path)
 
 
 def ablations(rows: list[Row]) -> str:
@@ -353,6 +387,16 @@ def main() -> None:
         print(table)
         return
     cells = read(args.results)
+    if all(row["settings"]["steps"] > LONG for row in rows):
+        table = long_budgets(cells)
+        long_picture(cells, args.results.with_suffix(".png"))
+        parts = ["# Long budgets at low learning rates", table, f"![Every run]({args.results.stem}.png)"]
+        parts += [details(cell) for cell in cells]
+        args.results.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+        print(table)
+        if args.page:
+            _put(f" {args.results.stem}", table)
+        return
     folder = args.results.with_suffix("")
     folder.mkdir(exist_ok=True)
     overview(cells, folder / "overview.png")
@@ -365,8 +409,15 @@ def main() -> None:
     args.results.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print(summary(cells), bars(cells), sep="\n\n")
     if args.page:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{summary(cells)}\n\n{bars(cells)}\n{END}{rest.partition(END)[2]}")
+        _put("", f"{summary(cells)}\n\n{bars(cells)}")
+
+
+def _put(of: str, table: str) -> None:
+    begin = BEGIN.format(of=of)
+    before, found, rest = PAGE.read_text().partition(begin)
+    if not found:
+        raise SystemExit(f"{PAGE} has no line {begin}, where the table belongs.")
+    PAGE.write_text(f"{before}{begin}\n{table}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":
