@@ -113,7 +113,7 @@ def workspace(folder: Path) -> Path:
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
     for name in filter(None, names):
         (folder / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, folder / "copy" / name)
+        shutil.copy2(ROOT / name, folder / "copy" / name, follow_symlinks=False)
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     own = next((folder / "venv").glob("lib/python*/site-packages"))
     (own / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
