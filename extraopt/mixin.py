@@ -265,33 +265,39 @@ class CycleMixin:
         self, due: Iterable[tuple[dict[str, Any], list[Ending]]]
     ) -> list[tuple[CycleBatch, list[dict[str, Any]]]]:
         """Parameters whose cycles end now and their states, in one batch for all of the same hyperparameters."""
-        batches: dict[tuple[Any, ...], tuple[CycleBatch, list[dict[str, Any]]]] = {}
+        alike: dict[tuple[Any, ...], tuple[dict[str, Any], list[Ending]]] = {}
         for group, ends in due:
             if not ends:
                 continue
-            every = group["extra_every"]
-            rule = (
-                every, group["extra_steps"], group["extra_beta"], group["extra_gate"], group["extra_start"],
-                group["extra_kl"] is not None, momentum_of(group), group.get("differentiable") is True,
-            )  # fmt: skip
-            if rule not in batches:
-                estimates: list[Tensor] | None = [] if keeps_estimate(group) else None
-                batches[rule] = CycleBatch([], [], estimates, [], [], [], *rule), []
-            batch, states = batches[rule]
-            states += [state for _, state, *_ in ends]
-            for p, state, step, origin in ends:
-                if group["extra_offload"]:
+            if group["extra_offload"]:
+                for _, state, *_ in ends:
                     offload(state)
-                batch.params.append(p)
-                batch.anchors.append(state["extra_anchor"])
-                batch.steps.append(step)
-                batch.seen.append((step - origin - 1) // every)
-                if batch.estimates is not None:
+            rule = (
+                group["extra_every"], group["extra_steps"], group["extra_beta"], group["extra_gate"],
+                group["extra_start"], group["extra_kl"] is not None, momentum_of(group),
+                group.get("differentiable") is True,
+            )  # fmt: skip
+            alike.setdefault(rule, (group, []))[1].extend(ends)
+        batches = []
+        for rule, (group, ends) in alike.items():
+            every, states = group["extra_every"], [state for _, state, *_ in ends]
+            estimates, noise = None, [(0.0, 0.0)] * len(ends)
+            if keeps_estimate(group):
+                for p, state, *_ in ends:
                     if "extra_estimate" not in state:
                         state["extra_estimate"] = new_estimate(p, group["extra_offload"])
-                    batch.estimates.append(state["extra_estimate"])
-            batch.noise.extend(_noise(ends) if batch.estimates is not None else [(0.0, 0.0)] * len(ends))
-        return list(batches.values())
+                estimates, noise = [state["extra_estimate"] for state in states], _noise(ends)
+            batch = CycleBatch(
+                [p for p, *_ in ends],
+                [state["extra_anchor"] for state in states],
+                estimates,
+                noise,
+                [step for _, _, step, _ in ends],
+                [(step - origin - 1) // every for _, _, step, origin in ends],
+                *rule,
+            )
+            batches.append((batch, states))
+        return batches
 
     def _end(self, due: list[tuple[CycleBatch, list[dict[str, Any]]]], searching: bool = True) -> None:
         batches = [batch for batch, _ in due]
