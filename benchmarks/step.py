@@ -51,7 +51,12 @@ def lora() -> list[tuple[int, ...]]:
     return [shape for _ in range(28) for i, o in linear for shape in ((r, i), (o, r))]
 
 
-LISTS: dict[str, Callable[[], list[tuple[int, ...]]]] = {"gpt2": gpt2_small, "lora": lora}
+def groups() -> list[tuple[int, ...]]:
+    """300 small matrices, each in a group of its own, as layer-wise learning rates make them: 1.2 M elements."""
+    return [(64, 64)] * 300
+
+
+LISTS: dict[str, Callable[[], list[tuple[int, ...]]]] = {"gpt2": gpt2_small, "lora": lora, "groups": groups}
 IMPLEMENTATIONS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
@@ -75,9 +80,11 @@ def milliseconds(step: Callable[[], Any], device: str) -> float:
 
 def measure(name: str, implementation: str, cycles: int, device: str) -> dict[str, Any]:
     options = {"lr": 1e-4, **IMPLEMENTATIONS[implementation]}
-    adamw = torch.optim.AdamW(parameters(LISTS[name](), device), **options)
-    params = parameters(LISTS[name](), device)
-    extra = ExtraAdam(params, extra_every=EVERY, extra_watch=False, **options)
+    others, params = (parameters(LISTS[name](), device) for _ in range(2))
+    one_each = name == "groups"
+    adamw = torch.optim.AdamW([{"params": [p]} for p in others] if one_each else others, **options)
+    grouped: Any = [{"params": [p]} for p in params] if one_each else params
+    extra = ExtraAdam(grouped, extra_every=EVERY, extra_watch=False, **options)
     times: dict[str, list[float]] = {"adamw": [], "plain": [], "end": []}
     for cycle in range(cycles + 1):  # the first one warms up and makes the state
         for t in range(1, EVERY + 1):

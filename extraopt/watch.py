@@ -136,6 +136,7 @@ class Watch:
         self._first = -1  # id of the hook that remembers the call by which a model was found
         self._rng: dict[torch.device | None, Tensor] = {}
         self._captured: tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.dtype]] | None = None
+        self._attention: Any = None  # torch's, when they were
 
     @property
     def armed(self) -> bool:
@@ -238,12 +239,22 @@ class Watch:
             if torch.is_autocast_enabled(device)
         }
         self._captured = (*_map(Tensor.detach, (arguments, dict(named))), autocast)
+        self._attention = nn.functional.scaled_dot_product_attention
 
     # --- again -------------------------------------------------------------------------------------------------------
 
     def positions(self) -> Positions:
-        """Which rows of the model's logits are looked at, for the inputs remembered."""
+        """Which rows of the model's logits are looked at, for the inputs remembered.
+
+        Raises:
+            Unusable: they were a part of a sequence, the rest of which lay on other ranks.
+        """
         assert self.model is not None and self._captured is not None
+        if self._attention is not nn.functional.scaled_dot_product_attention:  # as context_parallel puts it in place
+            raise Unusable(
+                "its forward pass was within torch's context_parallel, which has ended: what is left is one rank's part "
+                "of a sequence"
+            )
         return Positions(self.model, *self._captured[:2], self._logits)
 
     def run(self, positions: Positions) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ import torch
 from helpers import RULES, K, assert_same, batch_loss, rule_name, tiny_model
 
 from extraopt import ExtraAdam
+from extraopt.trust import UNWATCHED
 
 WORLD = 2
 SAVED, LAST, LATER = 8, 16, 18  # steps; the save lies two steps into a cycle
@@ -41,18 +43,21 @@ def both_halves(model: Any, i: int) -> torch.Tensor:
 class Run:
     """An engine, its optimizer, and the steps in which that ended cycles."""
 
-    def __init__(self, case: str, seed: int = 0, lr: float = 0.01, **config: Any) -> None:
+    def __init__(
+        self, case: str, seed: int = 0, lr: float = 0.01, rule: dict[str, Any] | None = None, **config: Any
+    ) -> None:
         import deepspeed
 
         model = tiny_model(seed)
         groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
-        self.optimizer = ExtraAdam(groups, lr=lr, **RULE[case[2:]])
+        self.optimizer = ExtraAdam(groups, lr=lr, **(rule or RULE[case[2:]]))
         # fp32 throughout: bf16 weights would hide a small error behind their rounding. DeepSpeed clips unless told.
         zero = {"stage": int(case[0]), "sub_group_size": 10, "stage3_param_persistence_threshold": 0}
         config |= {"train_micro_batch_size_per_gpu": 16, "gradient_clipping": 0.0, "zero_optimization": zero}
         config["zero_allow_untested_optimizer"] = True
         self.engine = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)[0]
         self.ends: dict[int, list[list[int]]] = {}
+        self.lengths = set[float]()
         self.now, self.last = 0, None
         self.optimizer.register_step_post_hook(self.watch)  # ZeRO calls step() for each group or sub-group
 
@@ -60,6 +65,7 @@ class Run:
         if self.optimizer.last_jump is not self.last:
             self.last = self.optimizer.last_jump
             self.ends.setdefault(self.now, []).append([self.last.step, self.last.jumped])
+            self.lengths.add(self.last.length)
 
     def train(self, first: int, last: int, loss: Callable[[Any, int], torch.Tensor]) -> list[Weights]:
         path = []
@@ -91,6 +97,12 @@ def on_two_ranks(case: str, folder: Path) -> dict[str, Any]:
     again.engine.load_checkpoint(str(folder), tag="saved")
     again.train(SAVED + 1, LAST, own_half)
     resumed = {"resumed ends": again.ends, "resumed": again.pieces()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        guarded = Run(case, rule={"extra_every": K, "extra_gate": None})  # with a trust region, as by default
+        guarded.train(1, SAVED, own_half)
+    said = [str(w.message) for w in caught if "extraopt" in str(w.message)]
+    resumed |= {"said": said, "lengths": guarded.lengths}
     return {"path": path, "saved": saved, "ends": run.ends, "pieces": run.pieces(), **resumed}
 
 
@@ -180,6 +192,13 @@ def test_ranks_stay_together_and_end_cycles_in_the_same_steps(ranks: list[Seen],
         assert_ends(seen, K, LAST)
         jumped = [sum(n for _, n in jumps) for jumps in seen["ends"].values()]
         assert bool(jumped[0]) == case.endswith("paper") and all(jumped[1:])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_flat_copy_has_no_trust_region_and_one_warning_says_so(ranks: list[Seen], case: str):
+    for seen in (seen[case] for seen in ranks):
+        assert seen["lengths"] == {UNWATCHED} and len(seen["said"]) == 1
+        assert "without a trust region" in seen["said"][0] and "DeepSpeed" in seen["said"][0]
 
 
 @pytest.mark.parametrize("case", CASES)

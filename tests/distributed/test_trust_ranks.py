@@ -328,3 +328,34 @@ def test_a_rank_without_inputs_keeps_no_other_waiting(ranks: Ranks) -> None:
     assert str(first) == str(second) and WORLD == 2
     lengths, kls = first[2:]
     assert lengths[1] == min(lengths[0], 20) and math.isnan(kls[1]) and kls[0] > 0 and kls[2] > 0
+
+
+def in_parts_of_a_sequence(rank: int) -> tuple[list[float], list[str]]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
+
+    model = llama()
+    model.set_attn_implementation("eager")  # torch's context_parallel has no attention of its own on a CPU
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    optimizer.watch(model, process_group=torch.distributed.group.WORLD)
+    mesh, lengths = init_device_mesh("cpu", (WORLD,)), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(3 * EVERY):
+            inputs = batch(step)
+            parts = list(inputs.values())
+            with context_parallel(mesh, buffers=parts, buffer_seq_dims=[1, 1], no_restore_buffers=set(parts)):
+                assert inputs["input_ids"].shape == (2, 8 // WORLD)
+                model(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) % EVERY == 0:
+                lengths.append(optimizer.last_jump.length)
+    return lengths, [str(w.message) for w in caught if "extraopt" in str(w.message)]
+
+
+def test_a_part_of_a_sequence_is_no_sequence(ranks: Ranks) -> None:
+    """Outside of context_parallel attention looks at one rank's part, and outputs are of another model."""
+    (lengths, said), other = ranks.run(in_parts_of_a_sequence)
+    assert (lengths, said) == other and lengths == [20] * 3
+    assert len(said) == 1 and "context_parallel, which has ended" in said[0]
