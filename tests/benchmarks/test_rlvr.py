@@ -1,4 +1,4 @@
-"""The laboratory of benchmarks/rlvr measures what it says it measures."""
+"""The toy-scale benchmark measures what it says it measures."""
 
 from __future__ import annotations
 

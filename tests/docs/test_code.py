@@ -7,6 +7,7 @@ reader (a model, a reward, questions) is made here, and nothing else is added.
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ def rows(count: int) -> list[dict[str, Any]]:
     return [{"input_ids": tokens(i), "labels": tokens(i)} for i in range(count)]
 
 
+def assert_guarded(trainer: Any, caught: list[warnings.WarningMessage]) -> None:
+    """By what the pages say to look at: jumps that were measured, within their limits, and no warning."""
+    assert type(trainer.optimizer.optimizer) is ExtraAdam
+    logged = [log for log in trainer.state.log_history if "extra/gate" in log]
+    assert [log["step"] for log in logged] == [5, 10, 15, 20]
+    measured = [log for log in logged if log["extra/length"] > 0]
+    assert measured and all(0 <= log["extra/kl"] <= 0.02 and log["extra/fall"] <= 0.8 for log in measured)
+    assert not [w for w in caught if "extraopt" in str(w.message)]
+
+
 def test_getting_started_goes_from_an_installation_to_a_guarded_run(saved: str) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install 'extraopt[hf]'")
     from datasets import Dataset
@@ -73,10 +84,10 @@ def test_getting_started_goes_from_an_installation_to_a_guarded_run(saved: str) 
             logging_steps=1,
         ),
     }  # fmt: skip
-    exec(trl, names)
-    logged = [log for log in names["trainer"].state.log_history if "extra/gate" in log]
-    assert [log["step"] for log in logged] == [5, 10, 15, 20]
-    assert type(names["trainer"].optimizer.optimizer) is ExtraAdam
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(trl, names)
+    assert_guarded(names["trainer"], caught)
 
 
 def test_the_line_that_the_readme_changes_runs() -> None:
@@ -102,29 +113,31 @@ def test_the_readmes_blocks_of_python_run() -> None:
     assert optimizer.last_jump.step == 12  # `jump` ended the second cycle early
 
 
-USES = re.findall(r"^\|[^|]+\| `((?:optimizer = |Trainer\(|ExtraAdam\()[^`]+)`", README, re.M)
+USES = re.findall(r"^\|[^|]+\| `((?:optimizer = |ExtraAdam\()[^`]+)`", README, re.M)
 
 
 @pytest.mark.parametrize("code", USES)
-def test_what_the_readme_says_to_write_trains_by_extra_adam(code: str, tmp_path: Path) -> None:
+def test_what_the_readme_says_to_write_makes_extra_adam(code: str) -> None:
+    model = llama()
+    made = eval(code.removeprefix("optimizer = ").replace("lr=...", "lr=1e-3"), {"ExtraAdam": ExtraAdam, "model": model})
+    assert type(made) is ExtraAdam and {p for group in made.param_groups for p in group["params"]}
+
+
+def test_what_the_readme_says_to_write_of_a_trainer_makes_a_guarded_run(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from extraopt.integrations.transformers import ExtraCallback, use_extra_adam
-
-    args = TrainingArguments(str(tmp_path), max_steps=12, report_to=[], disable_tqdm=True, use_cpu=True,
-                             save_strategy="no")  # fmt: skip
-    code = code.replace("Trainer(...,", "Trainer(model, args, train_dataset=data,")
-    code = re.sub(r"(lr=|\"lr\": )\.\.\.", r"\g<1>1e-3", code)
-    model, data = llama(), [{key: value[0] for key, value in row.items()} for row in rows(40)]
-    names = {"ExtraAdam": ExtraAdam, "ExtraCallback": ExtraCallback, "use_extra_adam": use_extra_adam,
-             "Trainer": Trainer, "model": model, "args": args, "data": data, "torch": torch}  # fmt: skip
-    made = eval(code.removeprefix("optimizer = "), names)
-    if isinstance(made, Trainer):
-        made.train()
-        assert type(made.optimizer.optimizer) is ExtraAdam and made.optimizer.optimizer.last_jump.step == 10
-    else:
-        assert type(made) is ExtraAdam and {p for group in made.param_groups for p in group["params"]}
+    (row,) = (line for line in README.splitlines() if line.startswith("| HF Trainer; "))
+    call, module = re.fullmatch(r"\|[^|]+\| `([^`]+)` before `trainer.train\(\)`, from `([^`]+)` \|", row).groups()
+    args = TrainingArguments(str(tmp_path), max_steps=20, learning_rate=1e-3, report_to=[], disable_tqdm=True,
+                             use_cpu=True, save_strategy="no", logging_steps=1)  # fmt: skip
+    data = [{key: value[0] for key, value in row.items()} for row in rows(40)]
+    names: dict[str, Any] = {"trainer": Trainer(llama(), args, train_dataset=data)}
+    exec(f"from {module} import {call.partition('(')[0]}", names)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec(f"{call}\ntrainer.train()", names)
+    assert_guarded(names["trainer"], caught)
 
 
-def test_the_readme_says_what_to_write_in_a_loop_and_in_a_trainer() -> None:
-    assert len(USES) >= 3 and any(code.startswith("Trainer(") for code in USES)
+def test_the_readme_says_what_to_write_in_a_loop_and_in_an_adapters() -> None:
+    assert len(USES) >= 3 and "requires_grad" in "".join(USES)

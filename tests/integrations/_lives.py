@@ -53,7 +53,7 @@ with contextlib.suppress(ImportError):
     import deepspeed  # noqa: F401  accelerate would import it in each life anew
 
 EVERY, STEPS, SAVE_EVERY = 5, 30, 2  # saves fall on every place in a cycle
-KNOBS: dict[str, Any] = {"lr": 0.01, "betas": (0.5, 0.99), "extra_every": EVERY, "extra_steps": 10}
+OPTIONS: dict[str, Any] = {"lr": 0.01, "betas": (0.5, 0.99), "extra_every": EVERY, "extra_steps": 10}
 FINAL = "final.pt"
 
 shared = mmap.mmap(-1, 6)  # what a life was doing when it was killed, and what it has seen
@@ -183,7 +183,7 @@ def trainer_life(folder: Path, rank: int, plan: Plan) -> None:
         str(folder), max_steps=STEPS, save_steps=SAVE_EVERY, save_total_limit=2, per_device_train_batch_size=8,
         report_to=[], logging_strategy="no", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    trainer = Trainer(model, args, train_dataset=tokens(), optimizer_cls_and_kwargs=(ExtraAdam, KNOBS))
+    trainer = Trainer(model, args, train_dataset=tokens(), optimizer_cls_and_kwargs=(ExtraAdam, OPTIONS))
     trainer.remove_callback(PrinterCallback)
     newest, last = newest_complete(folder), folder / f"checkpoint-{STEPS}"
     if newest != str(last):
@@ -211,7 +211,7 @@ def dcp_life(folder: Path, rank: int, plan: Plan) -> None:
     )
     torch.manual_seed(0)
     model = fully_shard(torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)))
-    optimizer = ExtraAdam(model.parameters(), **KNOBS)
+    optimizer = ExtraAdam(model.parameters(), **OPTIONS)
 
     def state() -> dict[str, Any]:
         return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
