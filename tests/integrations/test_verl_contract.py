@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -329,3 +330,47 @@ def test_shards_that_are_offloaded_or_pickled_rank_by_rank_take_another_path(ran
     first, second = ranks.run(rank_offload, str(tmp_path / "checkpoint"))
     assert list(map(repr, first)) == list(map(repr, second)) and first[-1].jumped > 0
     assert [report.step for report in first] == [3, 6, 11, 14]
+
+
+def packed(step: int) -> dict[str, Any]:
+    """Two sequences in one row, as verl's actor gives them once padding is removed: positions tell them apart."""
+    ids = (torch.arange(14) * (step % 5 + 1) + step) % 13 + 3
+    positions = torch.cat([torch.arange(8), torch.arange(6)])
+    return {"input_ids": ids[None], "attention_mask": None, "position_ids": positions[None], "use_cache": False}
+
+
+def test_an_actor_is_guarded_by_a_configuration_alone():
+    """`DataParallelPPOActor` in verl/workers/actor/dp_actor.py: log-probabilities of the old policy without gradients and
+    in eval mode, then the update under autocast, with logits divided by the temperature in place."""
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'extraopt[hf]'")
+    from test_bugs_trainers import llama
+
+    actor = llama()
+    optimizer = build_optimizer(actor.parameters(), config(lr=1e-3, override_optimizer_config=None))
+    assert type(optimizer) is ExtraAdam
+    reports = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(25):
+            inputs = packed(step)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                old = actor.eval()(**inputs).logits.float().log_softmax(-1)
+            actor.train()
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = actor(**inputs).logits
+                logits.div_(0.7)
+            new = logits.float().log_softmax(-1)
+            chosen = inputs["input_ids"].roll(-1, 1)[..., None]
+            advantage = torch.linspace(-1, 1, 14)
+            ratio = (new.gather(-1, chosen) - old.gather(-1, chosen))[..., 0].exp()
+            (-advantage * ratio).mean().backward()
+            nn.utils.clip_grad_norm_(actor.parameters(), 1.0)
+            optimizer.step()
+            move_state(optimizer)
+            if optimizer.last_jump is not None and optimizer.last_jump.step == step + 1:
+                reports.append(optimizer.last_jump)
+    assert [report.step for report in reports] == [5, 10, 15, 20, 25]
+    measured = [report for report in reports if report.length > 0]
+    assert measured and all(0 < report.kl <= 0.02 and report.fall <= 0.8 for report in measured)
+    assert not [w for w in caught if "extraopt" in str(w.message)] and actor.training
