@@ -13,18 +13,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..gate import momentum_coherence
+from ..gate import NEWEST, averaged_noise, momentum_coherence, noise_floor, plain_noise, plain_weights
+from ..hyperparameters import DEFAULTS
 from .checkpoints import CheckpointError
 from .plots import BLUE, GREEN, GREY, RED
-from .report import MOST_MARKS, Ends, Row, Run, ends, value_or_0
+from .report import MOST_MARKS, Ends, Run, ends, limits, value_or_0
 
 INK, MOST_METRICS, MOST_LINES, FEW = "#1f2937", 5, 40, 50
 COLORS = {INK: "ink", GREY: "soft", BLUE: "line", GREEN: "jump", RED: "warn"}  # drawn in these, shown as CSS variables
-COLUMNS = ("length", "gate", "coherence", "drift_norm", "jumped", "refused")
+COLUMNS = ("length", "kl", "fall", "gate", "coherence", "drift_norm", "jumped", "refused")
+MOST_CYCLES = 100_000  # that the gates' floor is followed through: some seconds
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--ink:#1f2937;--soft:#5b6472;--line:#0072b2;--jump:#008a64;--warn:#b8480a;
 --rule:#d5d9e0}
@@ -106,29 +109,74 @@ def _curve(axes: Axes, run: Run, found: list[Ends], key: str, window: int, effec
         axes.axvline(at[row["step"]], color=RED, linestyle=":", linewidth=1.4)
 
 
+def _floors(of: dict[str, Any], found: list[Ends]) -> list[float]:
+    """What momentum alone would show in each log, of a tensor whose gates were the logged ones.
+
+    An open gate makes the estimate the newest drift, with which the next one agrees most; behind shut gates it becomes
+    an average, with which noise agrees less.
+    """
+    every, beta, momentum = of["extra_every"], of["extra_beta"], of["momentum"]
+    settled = min(10_000, math.ceil(10 / (1 - beta)))  # drifts beyond these change nothing
+    cov, var = plain_noise(every, beta, momentum, min(settled, found[0].seen))  # before the log: as behind shut gates
+    floors = list[float]()
+    for e in found:
+        gate = min(1.0, max(0.0, value_or_0(e.row, "extra/gate")))
+        newest = torch.tensor([NEWEST * gate**2], dtype=torch.float64)
+        shown = list[float]()
+        for seen in range(e.seen, e.seen + max(1, min(e.count, settled, MOST_CYCLES // len(found)))):
+            if seen:  # the first drift has no estimate to agree with
+                shown.append(float(noise_floor(cov, var)))
+            weights = torch.maximum(plain_weights(torch.tensor([seen]), beta), newest)
+            cov, var = averaged_noise(cov, var, weights, every, momentum)
+        floors.append(fmean(shown or [float(noise_floor(cov, var))]))
+    return floors
+
+
 def _levels(axes: Axes, run: Run, found: list[Ends]) -> None:
-    """Coherence, and where the gates begin to open and are open, which follows from the hyperparameters."""
+    """Coherence, and where the gates begin to open and are open, by the hyperparameters and the gates before."""
     axes.axhline(0, color=GREY, linewidth=0.8)
     if run.hyperparameters and run.hyperparameters["extra_gate"] is not None and found:
-        every, gate = run.hyperparameters["extra_every"], run.hyperparameters["extra_gate"]
-        beta = run.hyperparameters["extra_beta"]
-        most = min(10_000, math.ceil(10 / (1 - beta)))  # drifts beyond these change nothing
-        some = found if len(found) <= FEW * 10 else [*found[:: len(found) // (FEW * 10) + 1], found[-1]]
-        steps = [e.row["step"] for e in some]
-        low = [
-            momentum_coherence(every, beta, run.hyperparameters["momentum"], min(most, max(1, e.seen))) for e in some
-        ]
+        gate, apart = run.hyperparameters["extra_gate"], len(found) // (FEW * 10) + 1
+        low = _floors(run.hyperparameters, found)[::apart]
+        steps = [e.row["step"] for e in found[::apart]]
         axes.plot(steps, low, color=GREY, linestyle="--", linewidth=1.3)
         axes.plot(steps, [c + gate * (1 - c) for c in low], color=GREEN, linestyle=":", linewidth=1.6)
     _series(axes, found, "coherence")
     axes.set_ylim(min(-0.1, axes.get_ylim()[0]), 1.05)
 
 
-def _series(axes: Axes, found: list[Ends], key: str) -> None:
+def _points(found: list[Ends], key: str) -> list[tuple[float, float]]:
     points = [(e.row["step"], e.row.get(f"extra/{key}", math.nan)) for e in found]
-    points = [point for point in points if math.isfinite(point[1])]
+    return [point for point in points if math.isfinite(point[1])]
+
+
+def _line(axes: Axes, points: list[tuple[float, float]], color: str = BLUE) -> None:
     few = len(points) <= MOST_LINES
-    axes.plot([x for x, _ in points], [y for _, y in points], color=BLUE, marker="o" if few else "", ms=3.5, lw=1.4)
+    axes.plot([x for x, _ in points], [y for _, y in points], color=color, marker="o" if few else "", ms=3.5, lw=1.4)
+
+
+def _series(axes: Axes, found: list[Ends], key: str) -> None:
+    _line(axes, _points(found, key))
+
+
+def _lengths(axes: Axes, found: list[Ends]) -> None:
+    _series(axes, found, "length")
+    _line(axes, [(e.row["step"], e.ahead / e.count) for e in found if e.ahead is not None], GREEN)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+
+
+def _measured(axes: Axes, found: list[Ends], key: str, limit: float | None) -> None:
+    """One dot for each jump that was measured, without lines across those that were not; and the limit."""
+    points = _points(found, key)
+    few = len(points) <= MOST_LINES
+    points = points[:: 1 + len(points) // MOST_MARKS]
+    x, y = [x for x, _ in points], [y for _, y in points]
+    axes.plot(x, y, color=BLUE, marker="o", ms=3.5 if few else 2, linestyle="", clip_on=False)
+    if limit is not None:
+        axes.axhline(limit, color=RED, linestyle="--", linewidth=1.4)
+    first, last = found[0].row["step"], found[-1].row["step"]  # as in the other charts, also where few of them jumped
+    axes.set_xlim(first - 0.04 * (last - first) - 0.5, last + 0.04 * (last - first) + 0.5)
+    axes.set_ylim(bottom=min([0.0, *y]))
 
 
 def _gates(axes: Axes, found: list[Ends]) -> None:
@@ -160,14 +208,38 @@ def _charts(run: Run, summary: dict[str, Any]) -> list[str]:
             add(f"{escape(key)}, effective steps", says, partial(curve, effective=True), "effective step")
     if not found:
         return charts
+    if any("extra/length" in e.row for e in found):
+        says = (
+            "Blue: how far an open gate jumped, in steps; 0: nothing jumped. Green: that times the gate, as far as the "
+            "weights went. Behind shut gates a long jump moves little."
+        )
+        add("Length of the jumps", says, partial(_lengths, found=found))
+    for key, title, what in (
+        ("kl", "KL divergence of the outputs", "Mean KL divergence"),
+        ("fall", "Fall in log-probability", "Mean largest fall of a plausible token's log-probability"),
+    ):
+        if _points(found, key):
+            limit = limits(run).get(key)
+            says = (
+                f"{what} by each cycle, real steps and jump, in nats. No dot: nothing jumped, or nothing was measured."
+            )
+            says += "" if limit is None else f" Dashed: the limit, extra_{key} = {limit:g}."
+            add(title, says, partial(_measured, found=found, key=key, limit=limit))
     says = (
         "How far the gates were open when a cycle ended, over all tensors: 0, none; 1, all, by the length "
         "that was chosen. The first cycle has no estimate to compare with."
     )
     add("Gate", says, partial(_gates, found=found))
-    levels = "Noise shows what momentum alone makes of it: by default 0.52 at first and about 0.2 later."
+    few, many = (momentum_coherence(DEFAULTS["extra_every"], DEFAULTS["extra_beta"], seen=seen) for seen in (1, 1000))
+    levels = (
+        f"Noise shows what momentum alone makes of it: by default {few:.2f} after a cycle with open gates, {many:.2f} "
+        "after many with shut ones."
+    )
     if run.hyperparameters and run.hyperparameters["extra_gate"] is not None:
-        levels = "Dashed: what momentum alone would show, where a gate begins to open. Dotted: where it is fully open."
+        levels = (
+            "Dashed: what momentum alone would show of a tensor with the gates logged so far, where its gate begins to "
+            "open: more after open gates, less after shut ones. Dotted: where it is fully open."
+        )
     says = "Cosine of a cycle's drift with the estimate before it, over all tensors: 1, straight on; below 0, back. "
     if summary["along"] is not None:
         levels += (
@@ -184,6 +256,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     facts += [("cycles with a jump", f"{of['jumps']:,}"), ("mean gate", number(of["mean_gate"], ".2f"))]
     facts += [("mean coherence", number(of["mean_coherence"], ".2f")), ("tensors refused", f"{of['refused']:,}")]
     facts += [("mean length", number(of["mean_length"], ".1f"))]
+    facts += [("mean KL", number(of["mean_kl"], ".3g")), ("mean fall", number(of["mean_fall"], ".3g"))]
     facts += [("effective steps", "unknown" if of["effective_steps"] is None else f"{of['effective_steps']:,.0f}")]
     for key, metric in _drawn(summary).items():
         change = f"{number(metric['first'], '.3g')} \u2192 {number(metric['last'], '.3g')}"
@@ -199,15 +272,16 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     )
 
 
-def _cycles(found: list[Ends], rows: list[Row]) -> str:
+def _cycles(found: list[Ends], run: Run) -> str:
     ahead = {e.row["step"]: e.ahead for e in found}
-    told = [row for row in rows if row["step"] in ahead]
+    told = [row for row in run.rows if row["step"] in ahead]
     lines = [
         [f"{row['step']:.0f}", *(number(row.get(f"extra/{key}")) for key in COLUMNS), number(ahead.get(row["step"])),
          number(row.get("learning_rate"))]
         for row in told
     ]  # fmt: skip
-    head = ["step", *(key.replace("_", " ") for key in COLUMNS), "steps jumped", "learning rate"]
+    most = {key: f"{key} (limit {limit:g})" for key, limit in limits(run).items()}
+    head = ["step", *(most.get(key, key.replace("_", " ")) for key in COLUMNS), "steps jumped", "learning rate"]
     return (
         f"<section><details><summary>All {len(told)} logs of cycles</summary>{_table(head, lines)}</details></section>"
     )
@@ -250,7 +324,7 @@ def html(run: Run, summary: dict[str, Any]) -> str:
 <dl>{facts}</dl>
 <section><h2>What the logs say</h2>{"".join(said)}</section>
 <section>{key if found else ""}<div class="charts">{"".join(charts)}</div></section>
-{_memory(summary)}{_cycles(found, run.rows) if found else ""}
+{_memory(summary)}{_cycles(found, run) if found else ""}
 </main></body></html>
 """
 

@@ -15,6 +15,7 @@ import torch
 
 from ..hyperparameters import DEFAULTS, check_hyperparameters
 from ..mixin import momentum_of
+from ..trust import OPEN
 from .checkpoints import CheckpointError
 from .checkpoints.find import split_step
 from .checkpoints.safety import check_records
@@ -30,8 +31,8 @@ SPEEDS = ("_runtime", "_per_second", "_time")  # of an evaluation, not of the mo
 CURE = (
     "The log has no extra/ keys, so it does not tell what the optimizer did. In a Trainer, call use_extra_adam() of "
     "extraopt.integrations.transformers, or add ExtraCallback() to its callbacks. In your own loop, write length, "
-    "gate, coherence, drift_norm, jumped and refused of optimizer.last_jump as extra/gate and so on, at each step that "
-    "ended a cycle."
+    "kl, fall, gate, coherence, drift_norm, jumped and refused of optimizer.last_jump as extra/gate and so on, at each "
+    "step that ended a cycle."
 )
 
 
@@ -184,8 +185,8 @@ def _optimizer(file: Path) -> tuple[dict[str, Any] | None, tuple[tuple[str, floa
         count = sum(max((t.numel() for _, t in state), default=0) for state in states)
         memory = tuple((key, size / count) for key, size in sorted(sizes.items()))
         groups = [group for group in saved["param_groups"] if group["params"]]
-        if not all(DEFAULTS.keys() <= group.keys() for group in groups):
-            return None, memory, count, (f"{where} is not ExtraAdam's: it has no extra_every and extra_steps.",)
+        if missing := sorted({key for group in groups for key in DEFAULTS.keys() - group.keys()}):
+            return None, memory, count, (f"{where} is not ExtraAdam's, or an older one's: no {', '.join(missing)}.",)
         hyperparameters = [{**check_hyperparameters(group), "momentum": momentum_of(group)} for group in groups]
     except Exception as error:  # whatever a broken or foreign pickle raises
         return (
@@ -220,6 +221,14 @@ def ends(run: Run) -> list[Ends]:
             found.append(Ends(row, count, None if length is None else count * gate * length, seen))
             seen += count
     return found
+
+
+def limits(run: Run) -> dict[str, float]:
+    """The limits of the trust region on "kl" and "fall": those that the run's newest checkpoint tells, and are any."""
+    of = run.hyperparameters or {}
+    if of.get("extra_kl") is None:  # without it fall has no limit either
+        return {}
+    return {key: of[f"extra_{key}"] for key in ("kl", "fall") if math.isfinite(of.get(f"extra_{key}", math.inf))}
 
 
 def value_or_0(row: Row, key: str) -> float:
@@ -270,6 +279,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "mean_gate": _mean(gates),
         "mean_coherence": _mean(cosines),
         "along": _mean(max(0.0, min(1.0, cosine)) ** 2 for cosine in cosines),
+        "mean_kl": _mean(e.row.get("extra/kl", math.nan) for e in found),
+        "mean_fall": _mean(e.row.get("extra/fall", math.nan) for e in found),
         "mean_length": _mean(max(0.0, value_or_0(e.row, "extra/length")) for e in found if "extra/length" in e.row),
         "refused": int(sum(max(0.0, value_or_0(row, "extra/refused")) for row in run.rows)),
         "horizon": run.ahead,
@@ -289,11 +300,18 @@ def summarize(run: Run) -> dict[str, Any]:
         notes.append("How far it jumped is not known (no extra/length in the logs, no optimizer.pt of ExtraAdam's; "
                      "--steps-ahead gives N): "
                      "effective steps are left out.")  # fmt: skip
+    far = [e.row for e in found if value_or_0(e.row, "extra/length") > 0]
+    blind = sum(not math.isfinite(row.get("extra/kl", math.nan)) for row in far)
+    if blind and hyperparameters.get("extra_kl", 0) is not None:  # else there is no trust region, as was wanted
+        notes.append(
+            f"Of {len(far)} logs of jumps {blind} have no extra/kl: their outputs were not measured, so that the trust "
+            "region did not guard them, or it was not logged. A RuntimeWarning of the run says why."
+        )
     if len(found) > MOST_MARKS:
         notes.append(f"Of {len(found):,} logs of cycles the charts mark one in {1 + len(found) // MOST_MARKS}.")
     if found and not run.hyperparameters and any(b["step"] - a["step"] > 1 for a, b in zip(run.rows, run.rows[1:])):
         notes.append("Logs are several steps apart and k is not known: each log of cycles counts as one cycle.")
-    return {**summary, "notes": notes, "warnings": _warnings(summary), "verdict": _verdict(run, summary, gates)}
+    return {**summary, "notes": notes, "warnings": _warnings(summary), "verdict": _verdict(run, summary, gates, judged)}
 
 
 def _warnings(summary: dict[str, Any]) -> list[str]:
@@ -307,7 +325,7 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
     return said
 
 
-def _verdict(run: Run, summary: dict[str, Any], gates: list[float]) -> list[str]:
+def _verdict(run: Run, summary: dict[str, Any], gates: list[float], judged: list[Row]) -> list[str]:
     hyperparameters, said = run.hyperparameters or DEFAULTS, list[str]()
     gate = fmean(gates) if gates else 0.0
     if not any(key.startswith("extra/") for row in run.rows for key in row):
@@ -334,6 +352,11 @@ def _verdict(run: Run, summary: dict[str, Any], gates: list[float]) -> list[str]
         half = len(gates) // 2
         said.append(f"The mean gate was {fmean(gates[:half]):.2f} in the first half of the cycles and "
                     f"{fmean(gates[half:]):.2f} in the second.")  # fmt: skip
+    opened = [row for row in judged if value_or_0(row, "extra/gate") >= OPEN and "extra/length" in row]
+    if still := sum(value_or_0(row, "extra/length") == 0 for row in opened):
+        said.append(f"Behind open gates ({OPEN:g} or more) nothing jumped in {still} of {len(opened)} cycles: mostly "
+                    "the real steps alone used the limits up, at a learning rate that is high for what the model "
+                    "knows. Where the model failed instead, a RuntimeWarning of the run says so.")  # fmt: skip
     for key, of in list(summary["metrics"].items())[:2]:
         if of["values"] > 1:
             said.append(f"{key} went from {of['first']:.4g} to {of['last']:.4g} (means of the first and last "

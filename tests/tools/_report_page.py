@@ -50,7 +50,7 @@ class Page(HTMLParser):
     def rows(self) -> list[list[str]]:
         words = [word for word in self.words if word]
         cells = words[words.index("learning rate") + 1 :]
-        return [cells[i : i + 9] for i in range(0, len(cells), 9)]
+        return [cells[i : i + 11] for i in range(0, len(cells), 11)]
 
 
 def svgs(page: str) -> list[ElementTree.Element]:

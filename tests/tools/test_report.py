@@ -24,8 +24,8 @@ from _report_page import Page, cycles, jsonl, page_of, svgs
 from extraopt import ExtraAdam
 from extraopt.gate import momentum_coherence
 from extraopt.tools import cli
-from extraopt.tools.page import html
-from extraopt.tools.report import CURE, Run, ends, read_run, summarize
+from extraopt.tools.page import _floors, html
+from extraopt.tools.report import CURE, Run, ends, limits, read_run, summarize
 
 HOSTILE = "eval_<script>alert(1)</script>\"' onload=x &amp; \x00\x1b\u202e\ud800 https://evil.example"
 
@@ -83,12 +83,13 @@ def test_the_numbers_are_those_of_a_trainers_run(trained, capsys, monkeypatch, t
     assert facts["loss, first to last"] == f"{sum(losses[:6]) / 6:.3g} \u2192 {sum(losses[-6:]) / 6:.3g}"
     for row, log, jump in zip(page.rows(), logged, ahead, strict=True):
         assert row[0] == str(log["step"]) and row[1] == f"{log['extra/length']:.4g}"
-        assert row[2] == f"{log['extra/gate']:.4g}" and row[4] == f"{log['extra/drift_norm']:.4g}"
-        assert row[7] == f"{jump:.4g}"
+        assert row[4] == f"{log['extra/gate']:.4g}" and row[6] == f"{log['extra/drift_norm']:.4g}"
+        assert row[9] == f"{jump:.4g}" and row[2] == row[3] == "\u2013"
     titles = [svg.get("aria-label") for svg in svgs((tmp_path / "new" / "page.html").read_text())]
     assert titles == [
         "loss, by optimizer step",
         "loss, effective steps, by effective step",
+        "Length of the jumps, by optimizer step",
         "Gate, by optimizer step",
         "Coherence: how straight the path was, by optimizer step",
         "Drift norm, by optimizer step",
@@ -143,7 +144,7 @@ def test_the_length_that_was_chosen_counts_and_not_the_horizon(tmp_path: Path):
     logs = cycles(count=4)
     for log in logs:
         if "extra/gate" in log:
-            log["extra/length"] = log["step"]
+            log |= {"extra/length": log["step"], "extra/kl": 0.01}
     run = read_run(jsonl(tmp_path, logs), ahead=100)
     assert [e.ahead for e in ends(run)] == pytest.approx([0, 0.1 * 20, 0.2 * 30, 0.3 * 40])
     summary = summarize(read_run(tmp_path))  # needs no horizon
@@ -213,8 +214,130 @@ def test_coherence_stands_beside_the_levels_of_its_gates(trained, monkeypatch):
     (low,) = [y for _, y, k in drawn if k.get("linestyle") == "--"]
     (high,) = [y for _, y, k in drawn if k.get("linestyle") == ":"]
     beta = read_run(trained[0]).hyperparameters["extra_beta"]
-    wanted = [momentum_coherence(3, beta, 0.9, max(1, seen)) for seen in range(10)]
-    assert low == pytest.approx(wanted) and high == pytest.approx([(1 + c) / 2 for c in wanted])
+    shut = [momentum_coherence(3, beta, 0.9, max(1, seen)) for seen in range(10)]
+    assert low[:2] == pytest.approx(shut[:2]) and max(low) == low[0] and low != pytest.approx(shut)
+    assert high == pytest.approx([(1 + c) / 2 for c in low])
+
+
+OF: dict[str, Any] = {"extra_every": 5, "extra_steps": 200, "extra_beta": 0.9, "extra_gate": 0.5, "extra_start": 0}
+
+
+def floors(gates: list[float]) -> list[float]:
+    rows = [{"step": 5.0 * i, "extra/gate": gate} for i, gate in enumerate(gates, 1)]
+    options = {**OF, "momentum": 0.9}
+    return _floors(options, ends(Run("run", rows, options, 200)))
+
+
+def test_the_floor_of_a_gate_depends_on_the_gates_before() -> None:
+    """Behind shut gates the estimate becomes an average, with which noise agrees less; behind open ones it does not."""
+    first, later = (momentum_coherence(5, 0.9, 0.9, seen) for seen in (1, 400))
+    assert floors([0.0] * 60) == pytest.approx([momentum_coherence(5, 0.9, 0.9, max(1, seen)) for seen in range(60)])
+    assert floors([0.0, *[1.0] * 60]) == pytest.approx([first] * 61) and first == pytest.approx(0.71, abs=0.005)
+    closed = floors([0.0, *[1.0] * 60, *[0.0] * 100])
+    assert closed[61] == pytest.approx(first) and closed[62] < 0.5 and closed[-1] == pytest.approx(later, abs=0.01)
+
+
+def test_the_floor_is_the_one_that_the_optimizer_judged_by() -> None:
+    """One tensor, so that its gate is the logged one: the noise in its state is what the logged gates make of it."""
+    weight, rows = torch.nn.Parameter(torch.zeros(400)), []
+    optimizer = ExtraAdam([weight], lr=1e-3, extra_kl=None, extra_steps=5)
+    noise, kept = torch.Generator().manual_seed(0), []
+    for step in range(1, 61):
+        if step % 5 == 0 and step > 5:
+            kept.append(optimizer.state[weight])
+            kept[-1] = float(kept[-1]["extra_noise_cov"] / kept[-1]["extra_noise_var"].sqrt())
+        weight.grad = torch.randn(400, generator=noise) + (0.5 if step < 40 else 0.0)
+        optimizer.step()
+        if step % 5 == 0:
+            rows.append({"step": float(step), "extra/gate": optimizer.last_jump.gate})
+    assert 0 < sum(0 < row["extra/gate"] < 1 for row in rows)
+    of = {**OF, "momentum": 0.9}
+    assert _floors(of, ends(Run("run", rows, of, 5)))[1:] == pytest.approx(kept)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A run of a real Trainer with a trust region, and its logs of cycles."""
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'extraopt[hf]'")
+    from test_integrations_transformers import OPEN, Trainer, arguments, llama, rows, use_extra_adam
+
+    folder = tmp_path_factory.mktemp("guarded") / "run"
+    args = arguments(folder, max_steps=18, save_strategy="steps", save_steps=18)
+    trainer = Trainer(llama(), args, train_dataset=rows(same=True))
+    use_extra_adam(trainer, lr=1e-3, **OPEN, extra_fall=0.7)
+    trainer.train()
+    return folder, [log for log in trainer.state.log_history if "extra/gate" in log]
+
+
+def drawn(
+    monkeypatch: pytest.MonkeyPatch, path: Path
+) -> tuple[str, list[float], list[tuple[Any, Any, dict[str, Any]]]]:
+    """A page, the heights of its horizontal lines, and what was plotted."""
+    from matplotlib.axes import Axes
+
+    across, plotted, axhline, plot = [], [], Axes.axhline, Axes.plot
+    monkeypatch.setattr(Axes, "axhline", lambda self, y=0, **k: (across.append(y), axhline(self, y, **k))[1])
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **k: (plotted.append((x, y, k)), plot(self, x, y, **k))[1])
+    return page_of(path), across, plotted
+
+
+def test_each_jump_stands_beside_its_limits(guarded, monkeypatch) -> None:
+    """Limits come from the checkpoint, the rest from the Trainer's logs."""
+    folder, logged = guarded
+    assert len(logged) == 6 and all("extra/kl" in log for log in logged if log["extra/length"])
+    assert any(log["extra/length"] for log in logged)
+    page, across, plotted = drawn(monkeypatch, folder)
+    check(page)
+    assert across.count(0.02) == across.count(0.7) == 1
+    assert "Dashed: the limit, extra_kl = 0.02." in page and "Dashed: the limit, extra_fall = 0.7." in page
+    assert "kl (limit 0.02)" in page and "fall (limit 0.7)" in page
+    dots = [y for _, y, k in plotted if k.get("linestyle") == ""]
+    assert dots == [[log[f"extra/{key}"] for log in logged if f"extra/{key}" in log] for key in ("kl", "fall")]
+    for row, log in zip(Page(page).rows(), logged, strict=True):
+        told = [f"{log[f'extra/{key}']:.4g}" if f"extra/{key}" in log else "\u2013" for key in ("kl", "fall")]
+        assert row[2:4] == told
+    summary = summarize(read_run(folder))
+    assert summary["mean_kl"] == pytest.approx(sum(dots[0]) / len(dots[0])) and summary["mean_kl"] <= 0.02
+    assert summary["notes"] == []
+
+
+def test_without_a_checkpoint_no_limit_is_drawn(guarded, monkeypatch, tmp_path: Path) -> None:
+    folder, logged = guarded
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": logged}))
+    page, across, _ = drawn(monkeypatch, tmp_path)
+    titles = [svg.get("aria-label") for svg in svgs(page)]
+    assert "KL divergence of the outputs, by optimizer step" in titles and "the limit, extra_" not in page
+    assert set(across) == {0} and "(limit" not in page
+
+
+@pytest.mark.parametrize("options, drawn", [
+    ({"extra_kl": 0.02, "extra_fall": 0.8}, {"kl": 0.02, "fall": 0.8}),
+    ({"extra_kl": 0.02, "extra_fall": float("inf")}, {"kl": 0.02}),
+    ({"extra_kl": None, "extra_fall": 0.8}, {}),
+    ({}, {}),
+])  # fmt: skip
+def test_a_limit_that_is_none_or_not_known_is_not_drawn(options: dict[str, Any], drawn: dict[str, float]) -> None:
+    assert limits(Run("run", [{"step": 1.0}], {**OF, **options})) == drawn
+    assert limits(Run("run", [{"step": 1.0}])) == {}
+
+
+def test_jumps_that_nothing_guarded_are_noted(tmp_path: Path) -> None:
+    """A length of 0 needs no KL; a NaN, as a loop of one's own may write, is none."""
+    logs = cycles(count=6, **{"extra/length": 20})
+    logs[9]["extra/length"] = 0
+    for log, kl in zip(logs[19::10], (0.01, float("nan"), None)):
+        log["extra/kl"] = kl
+    summary = summarize(read_run(jsonl(tmp_path, logs)))
+    assert any(note.startswith("Of 5 logs of jumps 4 have no extra/kl") for note in summary["notes"])
+    assert summary["mean_kl"] == pytest.approx(0.01) and summary["mean_fall"] is None
+    check(page_of(tmp_path))
+
+
+def test_open_gates_without_a_jump_are_told(tmp_path: Path) -> None:
+    logs = cycles(count=10, **{"extra/length": 0})
+    assert any(
+        "nothing jumped in 7 of 7 cycles" in words for words in summarize(read_run(jsonl(tmp_path, logs)))["verdict"]
+    )
 
 
 def test_a_log_without_jumps_still_makes_a_page(capsys, monkeypatch, tmp_path: Path):
