@@ -24,14 +24,16 @@ from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from extraopt.hyperparameters import DEFAULTS
+
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "grpo_llm.json"
-# a column of a jump in the file, what it is called, its limit
+# a column of a jump in the file, what it is called, its limit: runs of "ExtraAdam" there are by the defaults
 COLUMNS: dict[str, tuple[int, str, float | None]] = {
     "coherence": (1, "extra/coherence", None),
     "gate": (2, "extra/gate", None),
     "length": (3, "extra/length", None),
-    "kl": (4, "extra/kl", 0.02),
-    "fall": (5, "extra/fall", 0.3),
+    "kl": (4, "extra/kl", DEFAULTS["extra_kl"]),
+    "fall": (5, "extra/fall", DEFAULTS["extra_fall"]),
 }
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 300, 150, 44, 24, 22
 
@@ -55,7 +57,7 @@ def chart(key: str, steps: list[float], values: list[float | None]) -> str:
         f'<text x="{LEFT}" y="14" class="name">{name}</text>',
         f'<text x="{x1}" y="{HEIGHT - 6}" text-anchor="end">step {max(steps):g}</text>',
         f'<text x="{LEFT - 5}" y="{y0}" text-anchor="end">{lowest:.2g}</text>',
-        f'<text x="{LEFT - 5}" y="{at(0, max(known))[1] + 4}" text-anchor="end">{max(known):.3g}</text>',
+        f'<text x="{LEFT - 5}" y="{min(at(0, max(known))[1] + 4, y0 - 13)}" text-anchor="end">{max(known):.3g}</text>',
         f'<polyline points="{" ".join(f"{x},{y}" for x, y in points)}"/>',
         *(f'<circle cx="{x}" cy="{y}" r="2.5"/>' for x, y in points),
     ]

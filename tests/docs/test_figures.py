@@ -75,7 +75,9 @@ def costs() -> Iterator[str]:
         f"{row['step_ms']:.0f} ms) the end of a cycle is {row['share_percent_k10']:.1f} % at k = 10, "
         f"{row['share_percent_k20']:.1f} % at k = 20."
     )
-    shares = [400 / (3 * micro_batches * 5) for micro_batches in (1, 4, 16, 64)]  # four forward passes of 3 M in 5 steps
+    shares = [
+        400 / (3 * micro_batches * 5) for micro_batches in (1, 4, 16, 64)
+    ]  # four forward passes of 3 M in 5 steps
     yield "| trust region, of training at most | " + " | ".join(f"{share:.1f} %" for share in shares) + " |"
     yield "two thirds of a step | " + " | ".join(f"{share / 3:.1f} %" for share in shares) + " |"
     yield f"at the 4.1 TB/s below {1.5e9 * 88 / 4.1e12 * 1000:.0f} ms, once in five steps"
@@ -175,13 +177,27 @@ def reliability() -> Iterator[str]:
 def watching() -> Iterator[str]:
     """Of docs/watch.md and docs/how-it-works.md, from the rule itself."""
     yield f"{momentum_coherence(5, 0.9, 0.9, 1):.2f} after"
+    yield f"{momentum_coherence(5, 0.9, 0.9):.2f}"
+
+
+def curves() -> Iterator[str]:
+    """Of docs/watch.md, from the two runs that it draws."""
+    yield from watching()
+    of = {"optimizer": "ExtraAdam", "task": "chain_sum", "tuning": "full", "seed": 0}
+    well, little = ([jump for jump in pick(result("grpo_llm"), **of, lr=lr)["jumps"] if jump[3]] for lr in (1e-6, 3e-6))
+    lengths = [jump[3] for jump in well if jump[0] <= 40]
+    yield f"jumps of {span(lengths, 0)} steps"
+    longest = max(well, key=lambda jump: jump[3])
+    yield f"gate of {longest[2]:.2f} a jump of {longest[3]:.0f} steps moves the weights as far as an open one of "
+    yield f"an open one of {longest[2] * longest[3]:.0f}."
+    yield f"nothing jumps before step {little[0][0]}:"
 
 
 MADE: dict[str, Callable[[], Iterator[str]]] = {
     "docs/costs.md": costs,
     "docs/checkpoints.md": checkpoints,
     "docs/reliability.md": reliability,
-    "docs/watch.md": watching,
+    "docs/watch.md": curves,
     "docs/how-it-works.md": watching,
 }
 
