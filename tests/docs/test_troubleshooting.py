@@ -1,9 +1,10 @@
-"""Each error and warning that docs/troubleshooting.md names is one that the code can raise."""
+"""Each error and warning that docs/troubleshooting.md names is one that the code can raise, and it has each warning."""
 
 from __future__ import annotations
 
 import ast
 import re
+from itertools import product
 
 import pytest
 from _pages import ROOT, read
@@ -34,6 +35,37 @@ def texts() -> list[str]:
     return [re.sub(r"%[dsr]", GAP, words) for words in found if len(words) > 8]
 
 
+def variants(node: ast.AST) -> list[str]:
+    """What a string can be, with a gap for each value that is not written there."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [node.value]
+    if isinstance(node, ast.JoinedStr):
+        return ["".join(parts) for parts in product(*map(variants, node.values))]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return ["".join(parts) for parts in product(variants(node.left), variants(node.right))]
+    if isinstance(node, ast.IfExp):
+        return variants(node.body) + variants(node.orelse)
+    if isinstance(node, ast.BoolOp):
+        return [text for value in node.values for text in variants(value)]
+    return [GAP]
+
+
+def warned() -> list[str]:
+    """The texts of our warnings, and what they give as the reason why there is no trust region."""
+    said = list[ast.AST]()
+    for file in (*(ROOT / "extraopt").rglob("*.py"), *(ROOT / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(read(file))):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                said += node.args[: 2 if name == "_warn" else 1] if name in ("warn", "_warn", "Unusable") else []
+            elif isinstance(node, ast.FunctionDef) and node.name == "_not_found":
+                said += [part.value for part in ast.walk(node) if isinstance(part, ast.Return) and part.value]
+            elif isinstance(node, ast.Assign) and any(getattr(of, "attr", "") == "refused" for of in node.targets):
+                said.append(node.value)
+    found = [text for node in said for text in variants(node)]
+    return sorted({text for text in found if " " in text.replace(GAP, "").removeprefix("extraopt: ")})
+
+
 def docstrings(node: ast.AST) -> list[ast.AST]:
     """The docstring's node, if it has one: what it tells of an error raises none."""
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
@@ -54,11 +86,26 @@ def raised() -> list[str]:
     return texts()
 
 
+def pattern(message: str) -> re.Pattern[str]:
+    parts = [re.escape(part.strip(" ")) for part in message.split("...")]
+    return re.compile(rf".*?{GAP}.*?".join(parts), re.S)
+
+
 @pytest.mark.parametrize("message", messages())
 def test_the_code_raises_each_message(message: str, raised: list[str]) -> None:
-    parts = [re.escape(part.strip(" ")) for part in message.split("...")]
-    pattern = re.compile(rf".*?{GAP}.*?".join(parts), re.S)
-    assert any(pattern.search(text) for text in raised)
+    assert any(pattern(message).search(text) for text in raised)
+
+
+@pytest.mark.parametrize("text", warned())
+def test_the_page_has_each_warning(text: str) -> None:
+    assert any(pattern(message).search(text) for message in messages()), text
+
+
+def test_the_warnings_are_found() -> None:
+    """By all ways that lead to one: at once, as a reason that is given on, or kept for later."""
+    found = "\n".join(warned())
+    for words in ("changed in mid-run", "TorchScript", "a cycle ended without", "has none of these", "no logits could"):
+        assert words in found
 
 
 def test_the_page_has_what_people_meet() -> None:
