@@ -44,7 +44,7 @@ class ExtraAdam(AdamW, CycleMixin):
             &\rule{110mm}{0.4pt}                                                                 \\
             &\textbf{input}      : \text{all of AdamW's}, \; k \text{ (extra\_every)}, \;
                 N \text{ (extra\_steps)}, \; b \text{ (extra\_beta)},                            \\
-            &\hspace{13mm}      \gamma \text{ (extra\_gate)}, \; s \text{ (extra\_start)}, \;
+            &\hspace{13mm}      \gamma \text{ (extra\_gate)}, \; t_0 \text{ (extra\_start)}, \;
                 \delta \text{ (extra\_kl)}, \; \epsilon_f \text{ (extra\_fall)}                    \\
             &\textbf{initialize} : A \leftarrow \theta_0 \text{ (anchor)}, \;
                 V \leftarrow 0 \text{ (drift estimate)}                                          \\[-1.ex]
@@ -62,11 +62,11 @@ class ExtraAdam(AdamW, CycleMixin):
             &\hspace{10mm}r \leftarrow (1 - g) \min(1, \, 100 \, \lVert D \rVert / \lVert \theta_t \rVert)
                 \text{ to the nearest } 1/256                                                    \\
             &\hspace{10mm}\theta(h) = \theta_t - r \, D / 2 + g \, (h / k) \, V                      \\
-            &\hspace{10mm}h \leftarrow \text{the longest tried}, \leq N, \text{ with } c^2 \, \text{KL}
+            &\hspace{10mm}h \leftarrow \text{the longest tried}, \leq N, \text{ with } m^2 \, \text{KL}
                 (p_{\theta(0)} \Vert \, p_{\theta(h)}) \leq \delta
-                \text{ and } c \, \text{fall} \leq \epsilon_f, \; c = 1 + s / h;                      \\
+                \text{ and } m \, \text{fall} \leq \epsilon_f, \; m = 1 + s / h;                      \\
             &\hspace{14mm}0 \text{ if none is}; \; N \text{ if } \delta = \text{None}                  \\
-            &\hspace{10mm}\textbf{if} \: t \geq s \text{ and, with a gate, } V \text{ was not } 0: \;
+            &\hspace{10mm}\textbf{if} \: t \geq t_0 \text{ and, with a gate, } V \text{ was not } 0: \;
                 \theta_t \leftarrow \theta(h)                                                       \\
             &\hspace{10mm}A \leftarrow \theta_t                                                  \\
             &\rule{110mm}{0.4pt}                                                          \\[-1.ex]
@@ -92,9 +92,9 @@ class ExtraAdam(AdamW, CycleMixin):
     log-probability, since KL hardly sees what is seldom said. They are those of a whole cycle: its real steps went as
     far along the jump as :math:`s = \langle D, u \rangle / \langle u, u \rangle` steps of it, with
     :math:`u = g V / k` over all tensors. No jump is tried that is shorter than :math:`s`, or than 20 steps where
-    :math:`s` is more: where real steps alone change half of what a cycle may, nothing jumps. The model is found at its
-    first training forward pass, or named by :meth:`watch`; where none can be watched, jumps are at most 20 steps long
-    and a warning says so. Under ``torch.distributed`` all ranks take one decision.
+    :math:`s` is more: where real steps alone use half of the fall or a quarter of the KL, nothing jumps. The model is
+    found at its first training forward pass, or named by :meth:`watch`; where none can be watched, jumps are at most 20
+    steps long and a warning says so. Under ``torch.distributed`` all ranks take one decision.
 
     ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None, extra_kl=None`` is the rule of RL-Extra in
     `Linear Dynamics in the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and
