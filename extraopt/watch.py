@@ -252,8 +252,8 @@ class Watch:
         assert self.model is not None and self._captured is not None
         if self._attention is not nn.functional.scaled_dot_product_attention:  # as context_parallel puts it in place
             raise Unusable(
-                "its forward pass was within torch's context_parallel, which has ended: what is left is one rank's part "
-                "of a sequence"
+                "its forward pass was within torch's context_parallel, which has ended: what is left is one rank's "
+                "part of a sequence"
             )
         return Positions(self.model, *self._captured[:2], self._logits)
 

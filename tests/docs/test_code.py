@@ -119,7 +119,9 @@ USES = re.findall(r"^\|[^|]+\| `((?:optimizer = |ExtraAdam\()[^`]+)`", README, r
 @pytest.mark.parametrize("code", USES)
 def test_what_the_readme_says_to_write_makes_extra_adam(code: str) -> None:
     model = llama()
-    made = eval(code.removeprefix("optimizer = ").replace("lr=...", "lr=1e-3"), {"ExtraAdam": ExtraAdam, "model": model})
+    made = eval(
+        code.removeprefix("optimizer = ").replace("lr=...", "lr=1e-3"), {"ExtraAdam": ExtraAdam, "model": model}
+    )
     assert type(made) is ExtraAdam and {p for group in made.param_groups for p in group["params"]}
 
 

@@ -340,8 +340,8 @@ def packed(step: int) -> dict[str, Any]:
 
 
 def test_an_actor_is_guarded_by_a_configuration_alone():
-    """`DataParallelPPOActor` in verl/workers/actor/dp_actor.py: log-probabilities of the old policy without gradients and
-    in eval mode, then the update under autocast, with logits divided by the temperature in place."""
+    """`DataParallelPPOActor` in verl/workers/actor/dp_actor.py: log-probabilities of the old policy without gradients
+    and in eval mode, then the update under autocast, with logits divided by the temperature in place."""
     pytest.importorskip("transformers", reason="needs transformers: pip install 'extraopt[hf]'")
     from test_bugs_trainers import llama
 
