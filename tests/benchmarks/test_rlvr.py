@@ -152,17 +152,19 @@ def test_on_addition_it_beats_adamw_at_the_same_learning_rate_and_does_not_colla
     assert gain["ExtraAdam", 3e-4] > 0, results
 
 
-def test_the_table_in_the_readme_is_that_of_the_results(rlvr: SimpleNamespace) -> None:
-    report = rlvr.report
-    table = report.PAGE.read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+def test_the_tables_of_the_page_are_those_of_the_results(rlvr: SimpleNamespace) -> None:
+    report, text = rlvr.report, rlvr.report.PAGE.read_text()
+    table = text.partition(report.BEGIN.format(of=""))[2].partition(report.END)[0]
     cells = report.read(FOLDER.parent / "results" / "rlvr.json")
     assert table.strip() == f"{report.summary(cells)}\n\n{report.bars(cells)}"
+    table = text.partition(report.BEGIN.format(of=" rlvr-slow"))[2].partition(report.END)[0]
+    assert table.strip() == report.long_budgets(report.read(FOLDER.parent / "results" / "rlvr-slow.json"))
 
 
 def test_rows_of_machines_that_round_differently_are_not_put_into_one_file(rlvr: SimpleNamespace, tmp_path: Path):
     """Pre-training ended elsewhere, and a rule seemed to end 0.15 higher because its policy had begun higher."""
     file = tmp_path / "rows.json"
-    for name in "rlvr.json", "rlvr-held-out.json", "rare.json":
+    for name in "rlvr.json", "rlvr-slow.json", "rlvr-held-out.json", "rare.json":
         rows = json.loads((FOLDER.parent / "results" / name).read_text())
         rlvr.compare.write(rows, file)
         whole = file.read_bytes()
