@@ -34,6 +34,7 @@ from rich.progress import Progress
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
     "extraopt/adam.py",
+    "extraopt/wrap.py",
     "extraopt/extrapolation.py",
     "extraopt/mixin.py",
     "extraopt/schedule.py",
@@ -51,8 +52,8 @@ MODULES = [
 # those that fail soonest, first, and by themselves: to collect all takes longer than to run these
 TESTS = [
     "jump gate trust watch kernel_native bad_input offload golden".split(),
-    "bugs_state properties bugs_step contract wrap determinism stateful compile".split()
-    + "distributed deepspeed_ranks fuzz_corpus".split(),
+    "watched_models trust_ranks kernel_operations bugs_state properties bugs_step contract wrap".split()
+    + "determinism stateful compile distributed deepspeed_ranks fuzz_corpus".split(),
 ]
 TIMEOUT = 900  # seconds of all tests; a mutant that takes longer hangs
 
