@@ -179,8 +179,7 @@ class _Jump:
     def finish(self) -> None:
         """Begin the next cycle at the weights as they are."""
         if self.batch.estimates is None:
-            ratios = self.opens[self.finite] * (self.batch.horizon / self.batch.every)
-            self.lists.jump_(ratios, torch.zeros_like(ratios), 1.0)
+            self.lists.jump_(self.opens[self.finite] * (self.batch.horizon / self.batch.every))
         else:
             self.lists.anchor_()
         if self.batch.differentiable:  # a constant to autograd: gradients pass through it unchanged

@@ -150,16 +150,16 @@ def _each(work: Work, rows: int) -> Iterator[tuple[int, Sequence[Tensor], _Scrat
                 yield i, part, scratches[p.dtype == torch.float64]
 
 
-def jump_(work: Work, ratios: Tensor, retreats: Tensor, weight: float) -> None:
-    """The jump of `extraopt.kernels.TensorLists`: float32 (float64 for float64), one rounding into each output."""
-    factors = list(zip(ratios.tolist(), retreats.tolist()))
-    for i, part, scratch in _each(work, 3):
-        _block_jump_(part, *factors[i], weight, scratch)
-
-
 def _factors(*columns: Tensor) -> dict[bool, list[tuple[float, ...]]]:
     """Each tensor's factors as float64 tensors take them (True), and rounded to float32, as all others do."""
     return {wide: list(zip(*((c if wide else c.float()).tolist() for c in columns))) for wide in (False, True)}
+
+
+def jump_(work: Work, ratios: Tensor) -> None:
+    """The jump of `extraopt.kernels.TensorLists`: float32 (float64 for float64), one rounding into each output."""
+    factors = _factors(ratios)
+    for i, part, scratch in _each(work, 2):
+        _block_jump_(part, scratch, *factors[part[0].dtype == torch.float64][i])
 
 
 def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:
@@ -183,21 +183,13 @@ def anchor_(work: Work) -> None:
         torch._foreach_copy_(list(anchors), list(params))
 
 
-def _block_jump_(part: Sequence[Tensor], ratio: float, retreat: float, weight: float, scratch: _Scratch) -> None:
-    p, a = part[0], part[1]
+def _block_jump_(part: Sequence[Tensor], scratch: _Scratch, ratio: float) -> None:
+    p, a = part
     rows = scratch.rows(p.numel())
-    # where e and v are the tensors themselves, the operations below write them in place
-    e, d = _as(p, rows[0]), rows[1].view(p.shape)
+    e, d = _as(p, rows[0]), rows[1].view(p.shape)  # where e is p itself, the addition writes it in place
     torch.sub(e, _as(a, rows[1]), out=d)
-    v = d
-    if len(part) == 3:
-        v = _as(part[2], rows[2]).lerp_(d, weight)
-        if v.dtype != p.dtype:
-            part[2].copy_(v)
     if ratio:
-        e.add_(v, alpha=ratio)
-    if retreat:
-        e.add_(d, alpha=-retreat)
+        e.add_(d, alpha=ratio)
     if e.dtype != p.dtype:
         p.copy_(e)
     a.copy_(p)

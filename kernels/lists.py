@@ -121,20 +121,22 @@ class TensorLists:
             sums[index] = module.cycle_sums(work).to(device)
         return sums
 
-    def jump_(self, ratios: Factors, retreats: Factors, weight: float) -> None:
-        """V <- lerp(V, D, weight), E <- E + ratio * V - retreat * D, A <- E with D = E - A.
+    def jump_(self, ratios: Factors) -> None:
+        """E <- E + ratio * D, A <- E with D = E - A: the paper's rule, which keeps no estimates.
 
-        All values must be finite. Without drifts V = D, and none is kept.
+        All values must be finite.
 
         Args:
-            ratios: how much of the estimate each tensor jumps.
-            retreats: part of the drift that is gone back; with ratio 0 and retreat 0 the weights are left as they are,
-                bit for bit.
-            weight: of the new drift in the estimate.
+            ratios: how much of its drift each tensor jumps; 0 leaves the weights as they are, bit for bit.
+
+        Raises:
+            ValueError: there are drifts, or not as many factors as tensors.
         """
-        own_ratios, own_retreats = self._column(ratios), self._column(retreats)
+        if len(self._lists) == 3:
+            raise ValueError("this operation takes no drift estimates: TensorLists was made with some")
+        own_ratios = self._column(ratios)
         for module, index, work in self.work:
-            module.jump_(work, own_ratios[index], own_retreats[index], weight)
+            module.jump_(work, own_ratios[index])
 
     def retreat_(self, retreats: Factors, weights: Factors) -> None:
         """V <- lerp(V, D, weight), A <- E - retreat * D with D = E - A. Does not write E.

@@ -100,43 +100,33 @@ def _locate(tensors, chunks, CHUNK: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _jump_chunk(
-    p_address, a_address, v_address, start, n, ratio, retreat, weight,
-    DTYPE: tl.constexpr, HAS_V: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    p_address, a_address, start, n, ratio,
+    DTYPE: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     p_pointer = _pointer(p_address, start, DTYPE, VEC)
     a_pointer = _pointer(a_address, start, DTYPE, VEC)
-    v_pointer = _pointer(v_address, start, DTYPE, VEC)
     for i in range(0, n, BLOCK):
         offsets = i + tl.arange(0, BLOCK)
         mask = offsets < n // VEC * VEC  # n is a multiple of VEC already: this is how the compiler gets to know
         p = _load(p_pointer, offsets, mask, DTYPE, INTERPRET)
         d = p - _load(a_pointer, offsets, mask, DTYPE, INTERPRET)
-        v = d
-        if HAS_V:
-            v = _lerp(_load(v_pointer, offsets, mask, DTYPE, INTERPRET), d, weight, INTERPRET)
-            _store(v_pointer, offsets, v, mask, DTYPE, INTERPRET)
-        p = tl.where(ratio == 0.0, p, _fma(v, ratio, p, INTERPRET))  # 0 * v + p would lose the sign of -0.0
-        p = tl.where(retreat == 0.0, p, _fma(d, -retreat, p, INTERPRET))
+        p = tl.where(ratio == 0.0, p, _fma(d, ratio, p, INTERPRET))  # 0 * d + p would lose the sign of -0.0
         _store(p_pointer, offsets, p, mask, DTYPE, INTERPRET)
         _store(a_pointer, offsets, p, mask, DTYPE, INTERPRET)
 
 
 @triton.jit
 def _jump_kernel(
-    tensors, chunks, factors, weight,
-    DTYPE: tl.constexpr, HAS_V: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    tensors, chunks, factors,
+    DTYPE: tl.constexpr, CHUNK: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """d = p - a; v = lerp(v, d, weight); p += ratio * v - retreat * d; a = p.
-
-    `factors`: ratio and retreat of each tensor, float32 [T, 2]; `weight`: float32.
-    """
-    p, a, v, start, n, index, aligned = _locate(tensors, chunks, CHUNK, VEC)
-    ratio, retreat = tl.load(factors + 2 * index), tl.load(factors + 2 * index + 1)
+    """p += ratio * (p - a); a = p. `factors`: ratio, float32 [T]."""
+    p, a, _, start, n, index, aligned = _locate(tensors, chunks, CHUNK, VEC)
+    ratio = tl.load(factors + index)
     if aligned:
-        _jump_chunk(p, a, v, start, n, ratio, retreat, weight, DTYPE, HAS_V, VEC, BLOCK, INTERPRET)
+        _jump_chunk(p, a, start, n, ratio, DTYPE, VEC, BLOCK, INTERPRET)
     else:
-        _jump_chunk(p, a, v, start, n, ratio, retreat, weight, DTYPE, HAS_V, 1, BLOCK, INTERPRET)
+        _jump_chunk(p, a, start, n, ratio, DTYPE, 1, BLOCK, INTERPRET)
 
 
 @triton.jit
@@ -154,7 +144,7 @@ def _retreat_chunk(
         d = p - _load(a_pointer, offsets, mask, DTYPE, INTERPRET)
         v = _lerp(_load(v_pointer, offsets, mask, DTYPE, INTERPRET), d, weight, INTERPRET)
         _store(v_pointer, offsets, v, mask, DTYPE, INTERPRET)
-        a = tl.where(retreat == 0.0, p, _fma(d, -retreat, p, INTERPRET))  # 0 * d + p would lose the sign of -0.0
+        a = tl.where(retreat == 0.0, p, _fma(d, -retreat, p, INTERPRET))
         _store(a_pointer, offsets, a, mask, DTYPE, INTERPRET)
 
 
@@ -351,16 +341,14 @@ def cycle_sums(work: Work) -> Tensor:
     return sums
 
 
-def jump_(work: Work, ratios: Tensor, retreats: Tensor, weight: float) -> None:
+def jump_(work: Work, ratios: Tensor) -> None:
     """The jump of `extraopt.kernels.TensorLists`, bit-equal to `foreach`.
 
-    Ratio and retreat 0 leave P alone. Computed in float32 (`weight`, `ratios` and `retreats` are rounded to it first),
-    each product and sum fused; each result rounds once, when it is stored, and the jump takes V from before that. A is
-    the stored P.
+    Ratio 0 leaves P alone. Computed in float32 (`ratios` are rounded to it first), each product and sum fused; each
+    result rounds once, when it is stored. A is the stored P.
     """
-    has_v = {"HAS_V": work.drifts is not None}
-    _write(_jump_kernel, work, torch.stack([ratios, retreats], 1), weight, **has_v)
-    _written(work.params, work.anchors, work.drifts or ())
+    _write(_jump_kernel, work, ratios)
+    _written(work.params, work.anchors)
 
 
 def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:
@@ -381,16 +369,16 @@ def anchor_(work: Work) -> None:
         torch._foreach_copy_(list(work.anchors), list(work.params))
 
 
-def _write(kernel: Any, work: Work, factors: Tensor, *arguments: float, **constants: bool) -> None:
+def _write(kernel: Any, work: Work, factors: Tensor) -> None:
     """Launch `kernel` once per dtype, with the factors of every tensor."""
     if not work.launches:
         return
     device = work.params[0].device
     with _on(device):
         table = factors.float().to(device)
-        for tensors, chunks, itemsize, own in work.launches:
-            options = {"BLOCK": JUMP_BLOCK[itemsize], **constants, **_options(JUMP_THREADS)}
-            kernel[(len(chunks),)](tensors, chunks, table, *arguments, **own, **options)
+        for tensors, chunks, itemsize, constants in work.launches:
+            options = {"BLOCK": JUMP_BLOCK[itemsize], **_options(JUMP_THREADS)}
+            kernel[(len(chunks),)](tensors, chunks, table, **constants, **options)
 
 
 def _written(*lists: Sequence[Tensor]) -> None:

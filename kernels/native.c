@@ -1,8 +1,8 @@
 /* The end of a cycle over dense tensors on a CPU: each operation reads an element once and writes it once.
  *
- * A list is cut into parts of at most a few ten thousand elements; `parts` is int64 [n, 6], a row for each: addresses of
- * param, anchor and drift estimate (0: none), number of elements, bytes per element (4: float32, 2: bfloat16), index of
- * its tensor in the list. Threads take parts in turn. Arithmetic is float32, each product and sum of what is written
+ * A list is cut into parts of at most a few ten thousand elements; `parts` is int64 [n, 6], a row for each: addresses
+ * of param, anchor and drift estimate (0: none), number of elements, bytes per element (4: float32, 2: bfloat16), index
+ * of its tensor in the list. Threads take parts in turn. Arithmetic is float32, each product and sum of what is written
  * fused, as torch's own kernels have it; nothing depends on the number of threads.
  */
 
@@ -65,36 +65,20 @@ INLINE float store_bfloat16(bfloat16 *to, float x) { /* to the nearest, ties to 
         else add_##T(p, a, v, 0, n, out);                                                                              \
     }
 
-/* d = p - a; v = lerp(v, d, weight), in the form that torch uses; p += ratio v - retreat d; a = p. */
+/* p += ratio (p - a); a = p. */
 #define JUMP(T)                                                                                                        \
-    INLINE void move_##T(T *restrict p, T *restrict a, T *restrict v, int has_v, int goes, int returns, int64_t n,     \
-                         float ratio, float retreat, float weight) {                                                   \
-        int small = weight < 0.5f;                                                                                     \
-        float part = small ? weight : weight - 1.0f;                                                                   \
-        for (int64_t i = 0; i < n; i++) {                                                                              \
-            float e = load_##T(p + i), d = e - load_##T(a + i), w = d;                                                 \
-            if (has_v) {                                                                                               \
-                w = load_##T(v + i);                                                                                   \
-                w = fmaf(d - w, part, small ? w : d);                                                                  \
-                store_##T(v + i, w);                                                                                   \
-            }                                                                                                          \
-            if (goes) e = fmaf(w, ratio, e); /* 0 v + e would lose the sign of -0.0 */                                 \
-            if (returns) e = fmaf(d, -retreat, e);                                                                     \
-            store_##T(a + i, store_##T(p + i, e));                                                                     \
+    CLONES static void jump_##T(T *restrict p, T *restrict a, int64_t n, float ratio) {                                \
+        if (ratio == 0) memcpy(a, p, n * sizeof(T)); /* 0 d + p would lose the sign of -0.0 */                         \
+        else for (int64_t i = 0; i < n; i++) {                                                                         \
+            float e = load_##T(p + i);                                                                                 \
+            store_##T(a + i, store_##T(p + i, fmaf(e - load_##T(a + i), ratio, e)));                                   \
         }                                                                                                              \
-    }                                                                                                                  \
-    CLONES static void jump_##T(T *p, T *a, T *v, int64_t n, float ratio, float retreat, float weight) {               \
-        if (!v) move_##T(p, a, v, 0, ratio != 0, retreat != 0, n, ratio, retreat, weight);                             \
-        else if (ratio == 0 && retreat == 0) move_##T(p, a, v, 1, 0, 0, n, ratio, retreat, weight);                    \
-        else if (retreat == 0) move_##T(p, a, v, 1, 1, 0, n, ratio, retreat, weight);                                  \
-        else if (ratio == 0) move_##T(p, a, v, 1, 0, 1, n, ratio, retreat, weight);                                    \
-        else move_##T(p, a, v, 1, 1, 1, n, ratio, retreat, weight);                                                    \
     }
 
-/* d = p - a; v = lerp(v, d, weight); a = p - retreat d. */
+/* d = p - a; v = lerp(v, d, weight), in the form that torch uses; a = p - retreat d. */
 #define RETREAT(T)                                                                                                     \
-    INLINE void take_back_##T(const T *restrict p, T *restrict a, T *restrict v, int returns, int64_t n,               \
-                              float retreat, float weight) {                                                           \
+    INLINE void retreat_loop_##T(const T *restrict p, T *restrict a, T *restrict v, int returns, int64_t n,            \
+                                 float retreat, float weight) {                                                        \
         int small = weight < 0.5f;                                                                                     \
         float part = small ? weight : weight - 1.0f;                                                                   \
         for (int64_t i = 0; i < n; i++) {                                                                              \
@@ -105,8 +89,8 @@ INLINE float store_bfloat16(bfloat16 *to, float x) { /* to the nearest, ties to 
         }                                                                                                              \
     }                                                                                                                  \
     CLONES static void retreat_##T(const T *p, T *a, T *v, int64_t n, float retreat, float weight) {                   \
-        if (retreat == 0) take_back_##T(p, a, v, 0, n, retreat, weight);                                               \
-        else take_back_##T(p, a, v, 1, n, retreat, weight);                                                            \
+        if (retreat == 0) retreat_loop_##T(p, a, v, 0, n, retreat, weight);                                            \
+        else retreat_loop_##T(p, a, v, 1, n, retreat, weight);                                                         \
     }
 
 /* p = a + ratio v. */
@@ -132,8 +116,7 @@ typedef struct {
     const int64_t *parts;
     int64_t n, first, stride;
     double *partials;     /* SUM: [n, 4] */
-    const float *factors; /* of each tensor, JUMP: ratio, retreat [T, 2]; RETREAT: retreat, weight [T, 2]; TRY: ratio [T] */
-    float weight;         /* JUMP */
+    const float *factors; /* of each tensor, JUMP and TRY: ratio [T]; RETREAT: retreat, weight [T, 2] */
 } work;
 
 static void do_part(const work *w, int64_t i) {
@@ -147,8 +130,8 @@ static void do_part(const work *w, int64_t i) {
         else sums_bfloat16(p, a, v, n, w->partials + 4 * i);
         break;
     case JUMP:
-        if (wide) jump_float(p, a, v, n, f[2 * index], f[2 * index + 1], w->weight);
-        else jump_bfloat16(p, a, v, n, f[2 * index], f[2 * index + 1], w->weight);
+        if (wide) jump_float(p, a, n, f[index]);
+        else jump_bfloat16(p, a, n, f[index]);
         break;
     case RETREAT:
         if (wide) retreat_float(p, a, v, n, f[2 * index], f[2 * index + 1]);
@@ -193,8 +176,8 @@ void extraopt_cycle_sums(const int64_t *parts, int64_t n, int64_t threads, doubl
         for (int j = 0; j < 4; j++) sums[4 * parts[i * COLUMNS + 5] + j] += partials[4 * i + j];
 }
 
-void extraopt_jump(const int64_t *parts, int64_t n, int64_t threads, const float *factors, float weight) {
-    share((work){.operation = JUMP, .parts = parts, .n = n, .factors = factors, .weight = weight}, threads);
+void extraopt_jump(const int64_t *parts, int64_t n, int64_t threads, const float *factors) {
+    share((work){.operation = JUMP, .parts = parts, .n = n, .factors = factors}, threads);
 }
 
 void extraopt_retreat(const int64_t *parts, int64_t n, int64_t threads, const float *factors) {

@@ -105,11 +105,10 @@ def cycle_sums(work: Work) -> Tensor:
     return sums
 
 
-def jump_(work: Work, ratios: Tensor, retreats: Tensor, weight: float) -> None:
+def jump_(work: Work, ratios: Tensor) -> None:
     """The jump of `extraopt.kernels.TensorLists`: float32, one rounding into each output, bit-equal to `foreach`."""
-    factors = torch.stack([ratios, retreats], 1).float()
-    _call("extraopt_jump", work, factors, ctypes.c_float(weight))
-    _written(work.params, work.anchors, work.drifts or ())
+    _call("extraopt_jump", work, ratios.float())
+    _written(work.params, work.anchors)
 
 
 def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:
@@ -130,8 +129,8 @@ def anchor_(work: Work) -> None:
     _written(work.anchors)
 
 
-def _call(name: str, work: Work, *arguments: Tensor | ctypes.c_float) -> None:
-    given = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments]
+def _call(name: str, work: Work, *arguments: Tensor) -> None:
+    given = [ctypes.c_void_p(x.data_ptr()) for x in arguments]
     numbers = ctypes.c_int64(len(work.parts)), ctypes.c_int64(torch.get_num_threads())
     getattr(_library(), name)(ctypes.c_void_p(work.parts.data_ptr()), *numbers, *given)
 

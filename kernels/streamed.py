@@ -26,7 +26,7 @@ class _OnDevice(Protocol):
     """`extraopt.kernels.TensorLists`, of parts that lie on the device."""
 
     def sums(self, device: torch.device) -> Tensor: ...
-    def jump_(self, ratios: Tensor, retreats: Tensor, weight: float) -> None: ...
+    def jump_(self, ratios: Tensor) -> None: ...
     def retreat_(self, retreats: Tensor, weights: Tensor) -> None: ...
     def trial_(self, ratios: Tensor) -> None: ...
 
@@ -150,10 +150,10 @@ def cycle_sums(work: Work) -> Tensor:
     return sums
 
 
-def jump_(work: Work, ratios: Tensor, retreats: Tensor, weight: float) -> None:
+def jump_(work: Work, ratios: Tensor) -> None:
     """The jump of `extraopt.kernels.TensorLists`. When it returns, what it wrote in host memory is complete."""
     for index, lists in _through(work, back=True):
-        lists.jump_(ratios[index], retreats[index], weight)
+        lists.jump_(ratios[index])
 
 
 def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:

@@ -142,10 +142,11 @@ def main() -> None:
                 work = multi_tensor.prepare(params, anchors, drifts if drift else None)
                 multi_tensor.cycle_sums(work)
                 ratios, retreats = (torch.tensor(x, dtype=torch.float64) for x in ([0.5, 2.0], [0.5, 0.0]))
-                multi_tensor.jump_(work, ratios, retreats, 0.1)
                 if drift:
                     multi_tensor.retreat_(work, retreats, ratios)
                     multi_tensor.trial_(work, ratios)
+                else:
+                    multi_tensor.jump_(work, ratios)
 
 
 if __name__ == "__main__":

@@ -79,23 +79,26 @@ def retreats(n: int) -> list[float]:
     return list(itertools.islice(itertools.cycle([0.5, 0.0, 0.0, 0.25, 0.123]), n))
 
 
-def plain_jump_(
-    params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None,
-    ratios: Sequence[float], retreats: Sequence[float], weight: float,
-) -> None:  # fmt: skip
-    """The rule as one would type it; 16-bit tensors are computed in float32 and rounded once, at the end."""
-    for i, (p, a, ratio, retreat) in enumerate(zip(params, anchors, ratios, retreats)):
-        p32, a32 = p.float(), a.float()
-        v32 = d = p32 - a32
-        if drifts is not None:
-            v32 = drifts[i].float().lerp_(d, weight)
-            drifts[i].copy_(v32)
+def plain_jump_(params: Sequence[Tensor], anchors: Sequence[Tensor], ratios: Sequence[float]) -> None:
+    """The paper's rule as one would type it; 16-bit tensors are computed in float32 and rounded once, at the end."""
+    for p, a, ratio in zip(params, anchors, ratios):
+        p32 = p.float()
         if ratio:
-            p32 = p32.add(v32, alpha=ratio)
-        if retreat:
-            p32 = p32.add(d, alpha=-retreat)
+            p32 = p32.add(p32 - a.float(), alpha=ratio)
         p.copy_(p32)
         a.copy_(p)
+
+
+def plain_retreat_(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor],
+    retreats: Sequence[float], weights: Sequence[float],
+) -> None:  # fmt: skip
+    """The retreat as one would type it, likewise."""
+    for p, a, v, retreat, weight in zip(params, anchors, drifts, retreats, weights):
+        p32 = p.float()
+        d = p32 - a.float()
+        v.copy_(v.float().lerp_(d, weight))
+        a.copy_(p32.add(d, alpha=-retreat) if retreat else p)
 
 
 def prepared(module: ModuleType, params: Any, anchors: Any, drifts: Any) -> Any:
@@ -112,19 +115,18 @@ def sums(module: ModuleType, *lists: Any) -> Tensor:
     return module.cycle_sums(prepared(module, *lists))
 
 
-def jump_(module: ModuleType, params: Any, anchors: Any, drifts: Any, ratios: Any, retreats: Any, weight: Any) -> None:
-    module.jump_(prepared(module, params, anchors, drifts), column(ratios), column(retreats), weight)
+def jump_(module: ModuleType, params: Any, anchors: Any, ratios: Sequence[float]) -> None:
+    module.jump_(prepared(module, params, anchors, None), column(ratios))
 
 
-def exact_jump(
-    p: Tensor, a: Tensor, v: Tensor | None, ratio: float, retreat: float, weight: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """New weights and drift in float64, and the size of the largest number that was rounded on the way."""
+def retreat_(module: ModuleType, params: Any, anchors: Any, drifts: Any, retreats: Any, weights: Any) -> None:
+    module.retreat_(prepared(module, params, anchors, drifts), column(retreats), column(weights))
+
+
+def exact_jump(p: Tensor, a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """New weights in float64, and the size of the largest number that was rounded on the way."""
     p, a = p.double(), a.double()
-    d = p - a
-    moved = d if v is None else v.double() + weight * (d - v.double())
-    size = p.abs() + a.abs() + (0 if v is None else v.double().abs())
-    return p + ratio * moved - retreat * d, None if v is None else moved, (1 + ratio + retreat) * size
+    return p + ratio * (p - a), (1 + ratio) * (p.abs() + a.abs())
 
 
 def exact_sums(p: Tensor, a: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,8 @@ def compiled(tmp_path_factory):
 def test_every_variant_compiles_to_lean_code(compiled, target):
     if "missing" in compiled[target]:
         pytest.skip(compiled[target]["missing"])
-    variants = set(itertools.product(("_jump_kernel", "_sums_kernel"), DTYPES, (False, True)))
-    variants |= set(itertools.product(("_retreat_kernel", "_trial_kernel"), DTYPES, (True,)))
+    variants = set(itertools.product(("_sums_kernel", "_jump_kernel"), DTYPES, (False,)))
+    variants |= set(itertools.product(("_sums_kernel", "_retreat_kernel", "_trial_kernel"), DTYPES, (True,)))
     # one finish serves all: nothing else about a launch makes Triton compile again
     assert set(compiled[target]) == variants | {("_finish_kernel", "float32", False)}
     # the ptxas of triton 3.3 takes 73 for a sum on sm_100
@@ -68,7 +68,7 @@ def test_every_variant_compiles_to_lean_code(compiled, target):
             continue
         tensors = 3 if drift else 2
         reads = {"_trial_kernel": 2}.get(kernel, tensors)
-        writes = {"_sums_kernel": 0, "_jump_kernel": tensors, "_retreat_kernel": 2, "_trial_kernel": 1}[kernel]
+        writes = {"_sums_kernel": 0, "_jump_kernel": 2, "_retreat_kernel": 2, "_trial_kernel": 1}[kernel]
         # Aligned: all wide. Misaligned: all narrow, which the interpreter can't see and a GPU would fault on.
         assert row["load_128"] and row["load_128"] % reads == 0, row
         assert row["load_1"] >= 4 * reads, row
@@ -77,24 +77,28 @@ def test_every_variant_compiles_to_lean_code(compiled, target):
             assert row["store_1"] >= 8 * writes, row
 
 
-@pytest.mark.parametrize("drift", [True, False])
+@pytest.mark.parametrize("name", ["jump_", "retreat_"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.gpu
-def test_gpu_jump_is_that_of_torch_bit_for_bit(dtype, drift):
+def test_gpu_jump_and_retreat_are_those_of_torch_bit_for_bit(dtype, name):
     """Every alignment and layout, among guards; equal to torch on the CPU, and next to our own fallback on the GPU."""
     import _kernel_cases as cases
 
     from extraopt.kernels import foreach, multi_tensor
 
     wanted = cases.specs(getattr(torch, dtype), cases.SMALL + cases.EDGES + cases.LONG)
-    factors = cases.ratios(len(wanted)), cases.retreats(len(wanted))
-    for weight in 0.1, 0.5, 0.7, 1.0:
+    n = len(wanted)
+    for weight in [0.1, 0.5, 0.7, 1.0] if name == "retreat_" else [None]:
         fused, fallback = cases.Lists(wanted, "cuda"), cases.Lists(wanted, "cuda")
         expected = fused.copies()
-        cases.plain_jump_(expected[0], expected[1], expected[2] if drift else None, *factors, weight)
+        taken, factors = 2, [cases.ratios(n)]
+        if name == "retreat_":
+            taken, factors = 3, [cases.retreats(n), [weight] * n]
+        getattr(cases, f"plain_{name}")(*expected[:taken], *factors)
         for lists, module in (fused, multi_tensor), (fallback, foreach):
-            assert all(map(multi_tensor.supports, lists.params, lists.anchors, lists.drifts))
-            cases.jump_(module, lists.params, lists.anchors, lists.drifts if drift else None, *factors, weight)
+            tensors = lists.params, lists.anchors, lists.drifts
+            assert all(map(multi_tensor.supports, *tensors))
+            getattr(cases, name)(module, *tensors[:taken], *factors)
         torch.cuda.synchronize()
         assert fused.guards_intact()
         for got, other, want in zip(fused.copies(), fallback.copies(), expected):
@@ -104,9 +108,9 @@ def test_gpu_jump_is_that_of_torch_bit_for_bit(dtype, drift):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["retreat_", "trial_", "anchor_"])
+@pytest.mark.parametrize("name", ["jump_", "retreat_", "trial_", "anchor_"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gpu_retreat_trial_and_anchor(dtype, name):
+def test_gpu_operations(dtype, name):
     import _kernel_cases as cases
     import test_kernel_operations as operations
 
@@ -165,7 +169,7 @@ def test_gpu_reaches_the_end_of_a_tensor_past_32_bits():
     p, a = (torch.zeros(n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     p[-16:] = torch.arange(1.0, 17.0)
     assert cases.sums(multi_tensor, [p], [a], None).tolist() == [[0.0, 1496.0, 0.0, 1496.0]]
-    cases.jump_(multi_tensor, [p], [a], None, [1.0], [0.0], 1.0)
+    cases.jump_(multi_tensor, [p], [a], [1.0])
     for t in p, a:
         assert t[-16:].tolist() == [2.0 * i for i in range(1, 17)]
         assert not t[:-16].any()

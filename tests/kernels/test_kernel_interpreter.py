@@ -41,24 +41,38 @@ else:
     torch.set_num_threads(1)
     FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
-    def jumped(wanted, jump_, weight, drift, ratios=None, seed=0):
-        lists = cases.Lists(wanted, seed=seed)
-        retreats = cases.retreats(len(wanted)) if ratios is None else [0.0] * len(wanted)
-        ratios = cases.ratios(len(wanted)) if ratios is None else ratios
-        jump_(lists.params, lists.anchors, lists.drifts if drift else None, ratios, retreats, weight)
+    def jumped(wanted, jump_, ratios):
+        lists = cases.Lists(wanted)
+        jump_(lists.params, lists.anchors, ratios)
         assert lists.guards_intact()
         return lists
 
-    def assert_same_jump(wanted, weight, drift, ratios=None):
-        before = cases.Lists(wanted)
-        fused = jumped(wanted, partial(cases.jump_, multi_tensor), weight, drift, ratios)
-        for peer in cases.plain_jump_, partial(cases.jump_, foreach):
-            other = jumped(wanted, peer, weight, drift, ratios)
+    def retreated(wanted, retreat_, retreats, weight):
+        lists = cases.Lists(wanted)
+        retreat_(lists.params, lists.anchors, lists.drifts, retreats, [weight] * len(wanted))
+        assert lists.guards_intact()
+        return lists
+
+    def assert_same_as_torch(done, plain, ours, wanted, *factors):
+        """What `done` makes by the kernels, bit for bit what it makes by torch operations."""
+        fused = done(wanted, partial(ours, multi_tensor), *factors)
+        for peer in plain, partial(ours, foreach):
+            other = done(wanted, peer, *factors)
             for name in "params", "anchors", "drifts":
                 assert not cases.differing(getattr(fused, name), getattr(other, name)), (peer, name)
+        return fused
+
+    def assert_same_jump(wanted, ratios):
+        before = cases.Lists(wanted)
+        fused = assert_same_as_torch(jumped, cases.plain_jump_, cases.jump_, wanted, ratios)
         assert not cases.differing(fused.params, fused.anchors)
-        if not drift:
-            assert not cases.differing(fused.drifts, before.drifts)
+        assert not cases.differing(fused.drifts, before.drifts)
+        return before, fused
+
+    def assert_same_retreat(wanted, weight, retreats):
+        before = cases.Lists(wanted)
+        fused = assert_same_as_torch(retreated, cases.plain_retreat_, cases.retreat_, wanted, retreats, weight)
+        assert not cases.differing(fused.params, before.params)
         return before, fused
 
     @pytest.fixture
@@ -114,36 +128,35 @@ else:
         assert_same(ours, theirs, "weights")
         assert_same(our_states, their_states, "states")
 
-    @pytest.mark.parametrize("drift", [True, False])
     @pytest.mark.parametrize("dtype", FLOATS)
-    def test_jump_is_that_of_torch_bit_for_bit(dtype, drift):
+    def test_jump_and_retreat_are_those_of_torch_bit_for_bit(dtype):
         sizes = cases.SMALL + cases.EDGES[-3:] + cases.LONG if dtype == torch.float32 else cases.SMALL + cases.EDGES[:3]
-        assert_same_jump(cases.specs(dtype, sizes), 0.1, drift)
+        wanted = cases.specs(dtype, sizes)
+        assert_same_jump(wanted, cases.ratios(len(wanted)))
+        assert_same_retreat(wanted, 0.1, cases.retreats(len(wanted)))
 
     @pytest.mark.parametrize("weight", [1 / 3, 0.499, 0.5, 0.7, 1.0])
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_every_weight(dtype, weight):
-        assert_same_jump(cases.specs(dtype, [1, 33, 1025]), weight, True)
+        wanted = cases.specs(dtype, [1, 33, 1025])
+        assert_same_retreat(wanted, weight, cases.retreats(len(wanted)))
 
-    @pytest.mark.parametrize("drift", [True, False])
     @pytest.mark.parametrize("dtype", FLOATS)
-    def test_jump_is_one_rounding_from_exact(dtype, drift):
+    def test_jump_is_one_rounding_from_exact(dtype):
         wanted = cases.specs(dtype, [33, 1025])
-        factors = zip(cases.ratios(len(wanted)), cases.retreats(len(wanted)))
-        p0, a0, v0 = cases.Lists(wanted).copies()
-        fused = jumped(wanted, partial(cases.jump_, multi_tensor), 0.1, drift)
+        ratios = cases.ratios(len(wanted))
+        p0, a0, _ = cases.Lists(wanted).copies()
+        fused = jumped(wanted, partial(cases.jump_, multi_tensor), ratios)
         half_ulp, smallest = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        for i, (ratio, retreat) in enumerate(factors):
-            p, v, size = cases.exact_jump(p0[i], a0[i], v0[i] if drift else None, ratio, retreat, 0.1)
+        for i, ratio in enumerate(ratios):
+            p, size = cases.exact_jump(p0[i], a0[i], ratio)
             slack = 4 * torch.finfo(torch.float32).eps * size + smallest
             assert ((fused.params[i].double() - p).abs() <= half_ulp * p.abs() + slack).all()
-            if drift:
-                assert ((fused.drifts[i].double() - v).abs() <= half_ulp * v.abs() + slack).all()
 
     @operations.OPERATIONS
     @settings(max_examples=40, phases=[Phase.generate])
     @given(problem=operations.problems(FLOATS, complex_too=False, gaps=False))
-    def test_retreat_trial_and_anchor(name, problem):
+    def test_operations(name, problem):
         fused = operations.by_module(multi_tensor)
         operations.check_reference(problem, name, fused)
         operations.check_same(problem, name, operations.by_module(foreach), fused)
@@ -154,17 +167,17 @@ else:
         monkeypatch.setattr(lists, "FUSED_DEVICES", {"cpu"})
         operations.check_fit(*operations.fitted(torch.float32), multi_tensor, change, victim)
 
-    @pytest.mark.parametrize("drift", [True, False])
-    @pytest.mark.parametrize("ratio", [0.0, 0.5, 5.0])
-    def test_mixed_dtypes_in_one_list(ratio, drift):
+    @pytest.mark.parametrize("factor", [0.0, 0.5, 5.0])
+    def test_mixed_dtypes_in_one_list(factor):
         wanted = [
             (dtype, n, lambda flat: flat, (shift, 0, 0))
             for n, shift in [(5, 0), (1040, 0), (0, 0), (40, 3)]
             for dtype in FLOATS
         ]
-        before, after = assert_same_jump(wanted, 0.1, drift, [ratio] * len(wanted))
-        if ratio == 0:  # including the sign of zeros
-            assert not cases.differing(after.params, before.params)
+        before, jumped = assert_same_jump(wanted, [factor] * len(wanted))
+        _, retreated = assert_same_retreat(wanted, 0.1, [factor] * len(wanted))
+        if factor == 0:  # including the sign of zeros
+            assert not cases.differing(jumped.params + retreated.anchors, before.params * 2)
 
     @pytest.mark.parametrize("drift", [True, False])
     @pytest.mark.parametrize("dtype", FLOATS)
@@ -202,10 +215,10 @@ else:
 
     def test_nothing_to_do():
         assert cases.sums(multi_tensor, [], [], None).shape == (0, 4)
-        cases.jump_(multi_tensor, [], [], None, [], [], 0.1)
+        cases.jump_(multi_tensor, [], [], [])
         empty = [torch.zeros(0), torch.zeros(3, 0, dtype=torch.bfloat16)]
         assert torch.equal(cases.sums(multi_tensor, empty, empty, empty), torch.zeros(2, 4, dtype=torch.float64))
-        cases.jump_(multi_tensor, empty, empty, None, [1.0, 1.0], [0.5, 0.0], 0.1)
+        cases.jump_(multi_tensor, empty, empty, [1.0, 1.0])
 
     def test_offsets_past_32_bits():
         # The last chunk of a tensor of 2**33 elements, at a made-up address 2**35 bytes before the elements there are.
@@ -214,22 +227,23 @@ else:
         p, a, v = (ts[0] for ts in (lists.params, lists.anchors, lists.drifts))
         row = [t.data_ptr() - 4 * before for t in (p, a, v)] + [before + n, -before // multi_tensor.CHUNK, 0]
         expected = lists.copies()
-        cases.plain_jump_(*expected, [0.5], [0.25], 0.1)
-        multi_tensor._jump_kernel[(1,)](
-            torch.tensor([row]), torch.zeros(1, dtype=torch.int32), torch.tensor([0.5, 0.25]), 0.1,
-            DTYPE=multi_tensor.DTYPES[torch.float32], HAS_V=True, CHUNK=multi_tensor.CHUNK, VEC=4, BLOCK=1024,
-            INTERPRET=True,
-        )  # fmt: skip
+        cases.plain_retreat_(*expected, [0.25], [0.1])
+        cases.plain_jump_(*expected[:2], [0.5])
+        for kernel, factors in (multi_tensor._retreat_kernel, [0.25, 0.1]), (multi_tensor._jump_kernel, [0.5]):
+            kernel[(1,)](
+                torch.tensor([row]), torch.zeros(1, dtype=torch.int32), torch.tensor(factors),
+                DTYPE=multi_tensor.DTYPES[torch.float32], CHUNK=multi_tensor.CHUNK, VEC=4, BLOCK=1024, INTERPRET=True,
+            )  # fmt: skip
         assert lists.guards_intact()
         assert not cases.differing([p, a, v], [t for ts in expected for t in ts])
 
     def test_autograd_notices_the_writes():
         leaf, anchor, drift = (torch.ones(5, requires_grad=i == 0) for i in range(3))
-        for written in leaf, anchor, drift:
-            loss = (leaf * leaf * anchor * drift).sum()
+        for written in leaf, anchor:
+            loss = (leaf * leaf * anchor).sum()
             version = written._version
             with torch.no_grad():
-                cases.jump_(multi_tensor, [leaf], [anchor], [drift], [1.0], [0.0], 0.5)
+                cases.jump_(multi_tensor, [leaf], [anchor], [1.0])
             assert written._version > version
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 loss.backward()
@@ -248,12 +262,11 @@ else:
 
     def test_tables_follow_the_addresses():
         lists = cases.Lists([(torch.float32, 5, lambda flat: flat, (0, 0, 0))] * 3)
-        arguments = lists.params, lists.anchors, None
-        cases.jump_(multi_tensor, *arguments, [1.0] * 3, [0.0] * 3, 0.1)
+        cases.jump_(multi_tensor, lists.params, lists.anchors, [1.0] * 3)
         moved = torch.full((5,), 2.0)
         lists.params[0].data = moved
         lists.anchors[0].fill_(1.0)
-        cases.jump_(multi_tensor, *arguments, [1.0] * 3, [0.0] * 3, 0.1)
+        cases.jump_(multi_tensor, lists.params, lists.anchors, [1.0] * 3)
         assert moved.tolist() == [3.0] * 5
 
     def test_supports():

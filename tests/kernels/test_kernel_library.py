@@ -38,7 +38,9 @@ def cycle():
     work = TensorLists(out.params, out.anchors, out.drifts)
     assert [module for module, *_ in work.work] == [foreach]
     work.sums()
-    work.jump_(cases.ratios(n), cases.retreats(n), 0.1)
+    work.retreat_(cases.retreats(n), [0.1] * n)
+    work.trial_(cases.ratios(n))
+    work.anchor_()
     return out
 
 

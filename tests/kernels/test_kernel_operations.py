@@ -1,4 +1,4 @@
-"""Retreat, trial and anchor by every implementation, and TensorLists that are kept from one cycle to the next."""
+"""Jump, retreat, trial and anchor by every implementation, and TensorLists that are kept from one cycle to the next."""
 
 import _kernel_cases as cases
 import pytest
@@ -51,18 +51,18 @@ def by_module(module):
     """Does an operation on all of a problem's tensors by one module."""
 
     def operate(p, a, v, name, *factors):
-        work = cases.prepared(module, real(p), real(a), real(v))
+        work = cases.prepared(module, real(p), real(a), None if name == "jump_" else real(v))
         getattr(module, name)(work, *map(cases.column, factors))
 
     return operate
 
 
 def by_lists(p, a, v, name, *factors):
-    getattr(TensorLists(p, a, v), name)(*factors)
+    getattr(TensorLists(p, a, None if name == "jump_" else v), name)(*factors)
 
 
 def arguments(name, ratios, retreats, weights):
-    return {"retreat_": (retreats, weights), "trial_": (ratios,), "anchor_": ()}[name]
+    return {"jump_": (ratios,), "retreat_": (retreats, weights), "trial_": (ratios,), "anchor_": ()}[name]
 
 
 def after(problem, name, operate, times=1):
@@ -93,13 +93,15 @@ def check_reference(problem, name, operate):
     E, A, V = map(real, (before.params, before.anchors, before.drifts))
     got = dict(zip("EAV", map(real, (out.params, out.anchors, out.drifts))))
     wanted = dict(zip("EAV", (E, A, V)))
-    if name == "retreat_":
+    if name == "jump_":  # a trial from the weights on, along the drift itself
+        wanted["E"] = wanted["A"] = reference.trial(E, [e.double() - a.double() for e, a in zip(E, A)], ratios)
+    elif name == "retreat_":
         wanted["A"], wanted["V"] = reference.retreat(E, A, V, retreats, weights)
     elif name == "trial_":
         wanted["E"] = reference.trial(A, V, ratios)
     else:
         wanted["A"] = reference.anchor(E)
-    written = {"retreat_": "AV", "trial_": "E", "anchor_": "A"}[name]
+    written = {"jump_": "EA", "retreat_": "AV", "trial_": "E", "anchor_": "A"}[name]
     for letter in "EAV":
         if letter not in written:
             assert not cases.differing(got[letter], wanted[letter]), letter
@@ -110,11 +112,13 @@ def check_reference(problem, name, operate):
             slack = limits.eps / 2 * y.abs() + 4 * wide.eps * size + limits.smallest_normal * limits.eps
             assert ((x.double() - y).abs() <= slack).all(), (name, letter, i)
     for i, (e, a) in enumerate(zip(got["E"], got["A"])):  # a factor of 0 copies, the sign of zeros included
-        if name == "anchor_" or (name == "trial_" and not ratios[i]) or (name == "retreat_" and not retreats[i]):
-            assert not cases.differing([e], [a]), (name, i)
+        copied = {"jump_": True, "retreat_": not retreats[i], "trial_": not ratios[i], "anchor_": True}[name]
+        assert not copied or not cases.differing([e], [a]), (name, i)
+        if name == "jump_" and not ratios[i]:
+            assert not cases.differing([e], [E[i]]), i
 
 
-OPERATIONS = pytest.mark.parametrize("name", ["retreat_", "trial_", "anchor_"])
+OPERATIONS = pytest.mark.parametrize("name", ["jump_", "retreat_", "trial_", "anchor_"])
 needs_native = pytest.mark.skipif(native._library() is None, reason="needs the C loops: install with a C compiler")
 
 
@@ -176,7 +180,7 @@ def test_what_is_not_finite_keeps_its_bits_as_an_anchor():
 @OPERATIONS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.complex64])  # native, foreach, foreach by views
 def test_autograd_does_not_notice_what_operations_write(name, dtype):
-    written = {"retreat_": (1, 2), "trial_": (0,), "anchor_": (1,)}[name]
+    written = {"jump_": (0, 1), "retreat_": (1, 2), "trial_": (0,), "anchor_": (1,)}[name]
     tensors = [torch.ones(5, dtype=dtype, requires_grad=i == 0) for i in range(3)]
     for i, t in enumerate(tensors):
         version = t._version
@@ -191,7 +195,7 @@ def test_factors_come_as_tensors_or_sequences_of_any_length():
         work = TensorLists(out.params, out.anchors, out.drifts)
         work.retreat_(*factors)
         work.trial_(factors[0])
-        work.jump_(*factors, 0.3)
+        TensorLists(out.params, out.anchors, None).jump_(factors[1])
         return buffers(out)
 
     expected = run([0.5, 0.0, 2.0], [0.25] * 3)
@@ -203,6 +207,8 @@ def test_factors_come_as_tensors_or_sequences_of_any_length():
             run(wrong, [0.25] * 3)
         with pytest.raises(ValueError, match="3 tensors need as many factors"):
             run([0.25] * 3, wrong)
+        with pytest.raises(ValueError, match="3 tensors need as many factors"):
+            TensorLists(*[[torch.ones(9)] * 3] * 2, None).jump_(wrong)
 
 
 def test_retreat_and_trial_without_drifts():
@@ -214,6 +220,14 @@ def test_retreat_and_trial_without_drifts():
     assert work.sums().tolist() == [[0.0, 0.0, 0.0, 3.0]]
 
 
+def test_a_jump_with_drifts():
+    out = made([(torch.float32, 9, lambda flat: flat, (0, 0, 0))])
+    before = [buffer.clone() for buffer in buffers(out)]
+    with pytest.raises(ValueError, match="takes no drift estimates"):
+        TensorLists(out.params, out.anchors, out.drifts).jump_([0.5])
+    assert not cases.differing(buffers(out), before)
+
+
 def test_nothing_to_do_fails():
     empty = [torch.zeros(0), torch.zeros(3, 0, dtype=torch.bfloat16), torch.zeros(0, dtype=torch.float16)]
     for tensors in [], empty:
@@ -222,7 +236,7 @@ def test_nothing_to_do_fails():
         assert torch.equal(work.sums(), torch.zeros(n, 4, dtype=torch.float64))
         work.retreat_([0.5] * n, [0.1] * n)
         work.trial_([0.5] * n)
-        work.jump_([0.5] * n, [0.5] * n, 0.1)
+        TensorLists(tensors, tensors, None).jump_([0.5] * n)
         work.anchor_()
         assert work.still_fits(tensors, tensors, tensors)
 

@@ -41,12 +41,13 @@ def test_what_passes_through_buffers_is_what_lies_on_the_device(small_buffers, d
         for ts in here.anchors, here.drifts:
             ts[::2] = [t.pin_memory() for t in ts[::2]]  # and some that are not
     here.params = there.copies()[0] if device == "cpu" else [t.clone() for t in there.params]
-    factors = cases.ratios(len(wanted)), cases.retreats(len(wanted)), 0.1
+    n = len(wanted)
+    name, *factors = ("retreat_", cases.retreats(n), [0.1] * n) if drift else ("jump_", cases.ratios(n))
     whole = kernels.TensorLists(there.params, there.anchors, there.drifts if drift else None)
     arguments = here.params, here.anchors, here.drifts if drift else None
     assert torch.allclose(cases.sums(streamed, *arguments).cpu(), whole.sums(), rtol=1e-6, atol=1e-12)
-    whole.jump_(*factors)
-    cases.jump_(streamed, *arguments, *factors)
+    getattr(whole, name)(*factors)
+    getattr(cases, name)(streamed, *arguments[: 3 if drift else 2], *factors)
     for name in "params", "anchors", "drifts":
         for i, (got, want) in enumerate(zip(getattr(here, name), getattr(there, name))):
             assert torch.equal(got.cpu(), want.cpu()), (name, i, wanted[i][:2])
@@ -57,7 +58,7 @@ def test_what_passes_through_buffers_is_what_lies_on_the_device(small_buffers, d
 def test_a_list_of_nothing_passes():
     empty = [torch.empty(0), torch.empty(3, 0)]
     assert not cases.sums(streamed, empty, empty, empty).any()
-    cases.jump_(streamed, empty, empty, None, [1.0, 1.0], [0.0, 0.0], 0.5)
+    cases.jump_(streamed, empty, empty, [1.0, 1.0])
 
 
 def test_on_a_cpu_it_changes_nothing():
