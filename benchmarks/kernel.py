@@ -1,19 +1,21 @@
-"""The end of a cycle over lists of tensors: sums for the gate, then jump, by several implementations.
+"""The end of a cycle over lists of tensors: sums for the gate, retreat, trial, anchor, by several implementations.
 
     python benchmarks/kernel.py --quick
     python benchmarks/kernel.py --json benchmarks/results/kernel.json     # and a picture beside it
 
-The limit is what the bytes that must move would take at the bandwidth of a copy in the same run: weights, anchor and
-estimate are read for the sums, read again for the jump, and written: 9 numbers an element. Times are medians over
-rounds in which the implementations take turns, so that a busy moment of the machine hits all of them. `extraopt` is
-what ExtraAdam calls; `loop` is the rule as one would type it, tensor by tensor; `foreach` the same by torch._foreach;
+The limit is what the bytes that ExtraAdam moves would take at the bandwidth of a copy in the same run: with one length
+its four operations read and write 13 numbers an element. Times are medians over rounds in which the implementations
+take turns, so that a busy moment of the machine hits all of them. `extraopt` is what ExtraAdam calls with one length,
+on tables made anew; `loop` is the rule as one would type it, tensor by tensor; `foreach` the same by torch._foreach;
 `compile` is the loop through torch.compile, on a CPU. On a GPU most of the time from call to result is the host's
 (Python and launches), so beside it stands how long the GPU was at work, which is what the picture shows. Extra memory
 is the peak above what the lists take.
 
 Rows with another operation than "cycle" are of `extraopt` alone, on tables that are kept as an optimizer keeps them:
-one operation over the list beside what its own bytes would take; and with "host" of what each costs a tensor of 16
-elements, in lists of 400 and 10,000 on one thread, where "kept cycle" is all that a cycle with two trials calls.
+one operation over the list beside what its own bytes would take ("jump" is the paper's rule, which has no estimates);
+with "one pass" the whole cycle beside what reading and writing weights, anchor and estimate once would take; and with
+"host" of what each costs a tensor of 16 elements, in lists of 400 and 10,000 on one thread, where "kept cycle" is all
+that a cycle with two trials calls.
 """
 
 from __future__ import annotations
@@ -61,14 +63,17 @@ LISTS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 }
 
 
-# numbers that an operation reads and writes for each element
-TRAFFIC = {"sums": 3, "jump": 6, "retreat": 5, "trial": 3, "anchor": 2}
+# numbers that an operation reads and writes for each element; "one pass": the least for all of a cycle
+TRAFFIC = {"sums": 3, "jump": 4, "retreat": 5, "trial": 3, "anchor": 2, "one pass": 6}
+CYCLE = ("sums", "retreat", "trial", "anchor")  # what ExtraAdam calls, with one length
 
 
 def extraopt(p: list[Tensor], a: list[Tensor], v: list[Tensor]) -> Tensor:
     lists = kernels.TensorLists(p, a, v)
     sums = lists.sums()
-    lists.jump_([RATIO] * len(p), [RETREAT] * len(p), WEIGHT)
+    lists.retreat_([RETREAT] * len(p), [WEIGHT] * len(p))
+    lists.trial_([RATIO] * len(p))
+    lists.anchor_()
     return sums
 
 
@@ -81,7 +86,8 @@ def loop(ps: list[Tensor], anchors: list[Tensor], vs: list[Tensor]) -> Tensor:
     for p, a, v in zip(ps, anchors, vs):
         d = p - a
         v.lerp_(d, WEIGHT)
-        p.add_(v, alpha=RATIO).sub_(d, alpha=RETREAT)
+        a.copy_(p).sub_(d, alpha=RETREAT)
+        p.copy_(a).add_(v, alpha=RATIO)
         a.copy_(p)
     return result
 
@@ -91,8 +97,10 @@ def foreach(p: list[Tensor], a: list[Tensor], v: list[Tensor]) -> Tensor:
     dots = torch.stack([x.sum() for x in torch._foreach_mul(d, v)])
     norms = [torch.stack(torch._foreach_norm(x)) for x in (d, v, p)]
     torch._foreach_lerp_(v, d, WEIGHT)
+    torch._foreach_copy_(a, p)
+    torch._foreach_add_(a, d, alpha=-RETREAT)
+    torch._foreach_copy_(p, a)
     torch._foreach_add_(p, v, alpha=RATIO)
-    torch._foreach_add_(p, d, alpha=-RETREAT)
     torch._foreach_copy_(a, p)
     return torch.stack([dots, *norms])
 
@@ -162,7 +170,7 @@ def measure(name: str, dtype: torch.dtype, device: str, rounds: int, compiled: b
     calls |= {key: (lambda f=f: f(*lists)) for key, f in providers.items()}
     times = medians(calls, rounds, device)
     bandwidth = 2 * flat.nbytes / times["copy"]  # bytes a millisecond
-    needed = 9 * elements * dtype.itemsize
+    needed = sum(TRAFFIC[key] for key in CYCLE) * elements * dtype.itemsize
     work = {key: launches(calls[key], device) for key in providers}
     return [
         {
@@ -187,12 +195,12 @@ def measure(name: str, dtype: torch.dtype, device: str, rounds: int, compiled: b
 
 def operations(p: list[Tensor], a: list[Tensor], v: list[Tensor]) -> dict[str, Callable[[], Any]]:
     """All that a kept `TensorLists` can be asked, by name."""
-    lists, n = kernels.TensorLists(p, a, v), len(p)
+    lists, papers, n = kernels.TensorLists(p, a, v), kernels.TensorLists(p, a, None), len(p)
     ratios, retreats, weights = (torch.full((n,), x, dtype=torch.float64) for x in (RATIO, RETREAT, WEIGHT))
     return {
         "still fits": lambda: lists.still_fits(p, a, v),
         "sums": lists.sums,
-        "jump": lambda: lists.jump_(ratios, retreats, WEIGHT),
+        "jump": lambda: papers.jump_(ratios),
         "retreat": lambda: lists.retreat_(retreats, weights),
         "trial": lambda: lists.trial_(ratios),
         "anchor": lists.anchor_,
@@ -217,8 +225,8 @@ def measure_operations(name: str, dtype: torch.dtype, device: str, rounds: int) 
     flat = torch.randn(1 << 28 if device == "cuda" else max(1 << 24, elements // 4), device=device)
     other = torch.empty_like(flat)
     calls = operations(*lists)
-    calls = {"copy": lambda: other.copy_(flat)} | {key: calls[key] for key in TRAFFIC}
-    ms = medians(calls, rounds, device)
+    calls["one pass"] = lambda: [calls[key]() for key in CYCLE]
+    ms = medians({"copy": lambda: other.copy_(flat)} | {key: calls[key] for key in TRAFFIC}, rounds, device)
     limits = {key: n * elements * dtype.itemsize / (2 * flat.nbytes / ms["copy"]) for key, n in TRAFFIC.items()}
     kind = {"list": name, "tensors": len(lists[0]), "elements": elements, "dtype": str(dtype).removeprefix("torch.")}
     where = {"device": torch.cuda.get_device_name() if device == "cuda" else platform.machine()}

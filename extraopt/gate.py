@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-RETREAT = 0.5  # part of its drift that a tensor takes back where its gate is shut: Lookahead with alpha = 1 - RETREAT
+RETREAT = 0.5  # part of its drift that a tensor goes back where its gate is shut: Lookahead with alpha = 1 - RETREAT
 NEWEST = 1.0  # of a gate's square: the weight at least of the newest drift in the estimate
 LARGE = 0.01  # a drift as a part of its weights; of what is smaller the retreat is in proportion less
 
@@ -118,7 +118,7 @@ def openness(cosines: Tensor, gate: float | None, floor: Tensor) -> Tensor:
 
 
 def retreats(sums: Tensor, opens: Tensor) -> Tensor:
-    """Which part of its drift each tensor takes back, float64 [T] in [0, RETREAT], in steps of RETREAT / 256.
+    """Which part of its drift each tensor goes back, float64 [T] in [0, RETREAT], in steps of RETREAT / 256.
 
     (1 - g) / 2 where the drift is a hundredth of the weights or more, and less of a smaller one, in proportion: noise
     far below the weights does no harm, but to retreat from it costs learning.
@@ -127,7 +127,8 @@ def retreats(sums: Tensor, opens: Tensor) -> Tensor:
         sums: float64 [T, 4].
         opens: the gates g, float64 [T].
 
-    Source: extraopt's own; `benchmarks/rlvr/study.py` compares it with a retreat of any size (`size=0`).
+    Source: extraopt's own; `benchmarks/rlvr/compare.py` compares it with none (`gate.RETREAT=0`), and docs/results.md
+    tells of one from drifts of any size.
     """
     size = (sums[:, 1] / sums[:, 3]).sqrt() / LARGE
     return (256 * (1 - opens) * size.nan_to_num(0.0, posinf=1.0).clamp(max=1)).round() * (RETREAT / 256)

@@ -75,9 +75,7 @@ def costs() -> Iterator[str]:
         f"{row['step_ms']:.0f} ms) the end of a cycle is {row['share_percent_k10']:.1f} % at k = 10, "
         f"{row['share_percent_k20']:.1f} % at k = 20."
     )
-    shares = [
-        400 / (3 * micro_batches * 5) for micro_batches in (1, 4, 16, 64)
-    ]  # four forward passes of 3 M in 5 steps
+    shares = [400 / (3 * micro_batches * 5) for micro_batches in (1, 4, 16, 64)]  # four forward passes to 15 M
     yield "| trust region, of training at most | " + " | ".join(f"{share:.1f} %" for share in shares) + " |"
     yield "two thirds of a step | " + " | ".join(f"{share / 3:.1f} %" for share in shares) + " |"
     yield f"at the 4.1 TB/s below {1.5e9 * 88 / 4.1e12 * 1000:.0f} ms, once in five steps"
