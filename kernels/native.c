@@ -176,7 +176,7 @@ void extraopt_cycle_sums(const int64_t *parts, int64_t n, int64_t threads, doubl
         for (int j = 0; j < 4; j++) sums[4 * parts[i * COLUMNS + 5] + j] += partials[4 * i + j];
 }
 
-void extraopt_jump(const int64_t *parts, int64_t n, int64_t threads, const float *factors) {
+void extraopt_plain_jump(const int64_t *parts, int64_t n, int64_t threads, const float *factors) {
     share((work){.operation = JUMP, .parts = parts, .n = n, .factors = factors}, threads);
 }
 

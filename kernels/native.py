@@ -22,7 +22,7 @@ from .foreach import same_storage_order
 DTYPES = {torch.float32, torch.bfloat16}
 PART = 1 << 16  # elements that a thread takes at a time; fixed, since it sets the order of the sums
 FOLDER = Path(__file__).parent  # where the compiled library lies
-FUNCTIONS = ("extraopt_cycle_sums", "extraopt_jump", "extraopt_retreat", "extraopt_trial", "extraopt_anchor")
+FUNCTIONS = ("extraopt_cycle_sums", "extraopt_plain_jump", "extraopt_retreat", "extraopt_trial", "extraopt_anchor")
 
 
 def _truncated(file: Path) -> bool:
@@ -107,7 +107,7 @@ def cycle_sums(work: Work) -> Tensor:
 
 def jump_(work: Work, ratios: Tensor) -> None:
     """The jump of `extraopt.kernels.TensorLists`: float32, one rounding into each output, bit-equal to `foreach`."""
-    _call("extraopt_jump", work, ratios.float())
+    _call("extraopt_plain_jump", work, ratios.float())
     _written(work.params, work.anchors)
 
 
