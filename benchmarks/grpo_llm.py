@@ -76,6 +76,7 @@ COLOURS = dict(
 SHOWN = "AdamW", "ExtraAdam"  # in pictures, and run by run
 COURSE = ("chain_sum", "full", 1e-6, "fp32")  # what the README shows
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few
+LEVELS = (0.75, 0.8, 0.85)  # of reward, at which entropies are compared
 EARLY = (40, 60)  # steps up to which the table has a level, besides the end
 
 
@@ -311,6 +312,15 @@ def values(row: dict[str, Any], what: str) -> list[list[float]]:
     return [[s, statistics.mean(each[s - WINDOW : s])] for s in range(WINDOW, len(each) + 1)]
 
 
+def longest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of AdamW's and ExtraAdam's runs the longest of each place, learning rate and seed, in this order."""
+    found: dict[Any, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: len(row["curve"])):
+        if row["optimizer"] in SHOWN:
+            found[where(row), row["lr"], row["optimizer"], row["seed"]] = row
+    return [row for _, row in sorted(found.items())]
+
+
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """AdamW and ExtraAdam where both have run: panels for each place and learning rate, a line for each seed."""
     labels = {
@@ -319,7 +329,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         "minus": "probability of a minus sign\nbefore negative answers",
         "length": "length of the jump in steps",
     }
-    shown = [row for row in rows if row["optimizer"] in SHOWN]
+    shown = longest(rows)
     cells = sorted({(where(row), row["lr"]) for row in shown if row["optimizer"] == "ExtraAdam"})
     if not cells:
         return
@@ -332,7 +342,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         here = [row for row in shown if (where(row), row["lr"]) == cell]
         seeds = sorted({row["seed"] for row in here if row["optimizer"] != "AdamW"})
         for (what, label), axes in zip(labels.items(), line):
-            for row in sorted(here, key=lambda row: row["optimizer"]):
+            for row in here:
                 points = values(row, what)
                 if row["seed"] not in seeds or not points:
                     continue
@@ -393,8 +403,30 @@ def course(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def entropies(rows: list[dict[str, Any]]) -> str:
+    """The step at which the mean reward of a window first comes to a level, and the mean entropy of that window."""
+    lines = ["| tuning, precision | lr | optimizer | seed | " + " | ".join(f"at {of:.2f}" for of in LEVELS) + " |"]
+    lines.append("|---|---|---|---|" + "---|" * len(LEVELS))
+    rows = [row for row in longest(rows) if row["task"] == COURSE[0] and row.get("entropy")]
+    both = [{(where(row), row["lr"]) for row in rows if row["optimizer"] == name} for name in SHOWN]
+    for row in rows:
+        if (where(row), row["lr"]) not in both[0] & both[1]:
+            continue
+        windows = [(*at, e) for at, (_, e) in zip(values(row, "reward"), values(row, "entropy"), strict=True)]
+        first = [next((window for window in windows if window[1] >= of), None) for of in LEVELS]
+        cells = [f"{window[2]:.2f} (step {window[0]})" if window else "" for window in first]
+        head = f"{row['tuning']}, {row['settings']['precision']} | {row['lr']:g} | {row['optimizer']} | {row['seed']}"
+        lines.append(f"| {head} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tables(rows: list[dict[str, Any]]) -> str:
-    return f"{table(rows)}\n\nRun by run at learning rate {COURSE[2]:g}, all weights, fp32:\n\n{course(rows)}"
+    parts = [table(rows), f"Run by run at learning rate {COURSE[2]:g}, all weights, fp32:", course(rows)]
+    parts += [
+        f"Entropy, in nats a token, over the {WINDOW} steps whose mean reward is the first to come to a level:",
+        entropies(rows),
+    ]
+    return "\n\n".join(parts)
 
 
 def report(rows: list[dict[str, Any]], path: Path, page: bool = False) -> None:
