@@ -99,17 +99,17 @@ def _as(t: Tensor, row: Tensor) -> Tensor:
     return t if t.dtype == row.dtype else row.view(t.shape).copy_(t)
 
 
-def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Work:
+def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> Work:
     """What the operations take: real tensors of any layout, all on one device."""
-    return params, anchors, drifts
+    return params, anchors, estimates
 
 
 def cycle_sums(work: Work) -> Tensor:
     """The sums of `extraopt.kernels.TensorLists`, on the device."""
-    params, anchors, drifts = work
+    params, anchors, estimates = work
     totals, scratches = [], _scratches(params, 5)
     for i, (p, a) in enumerate(zip(params, anchors)):
-        tensors = [p, a] if drifts is None else [p, a, drifts[i]]
+        tensors = [p, a] if estimates is None else [p, a, estimates[i]]
         parts = _blocks(flat(tensors) or [t.reshape(-1) for t in tensors])
         sums = [_block_sums(part, scratches[p.dtype == torch.float64]) for part in parts]
         totals.append(torch.stack(sums).sum(0) if sums else torch.zeros(4, dtype=torch.float64, device=p.device))
@@ -138,10 +138,10 @@ def _block_sums(part: Sequence[Tensor], scratch: _Scratch) -> Tensor:
 
 def _each(work: Work, rows: int) -> Iterator[tuple[int, Sequence[Tensor], _Scratch]]:
     """Index of a tensor, a block of its parameter, anchor and drift estimate to write in, and scratch for it."""
-    params, anchors, drifts = work
+    params, anchors, estimates = work
     scratches = _scratches(params, rows)
     for i, (p, a) in enumerate(zip(params, anchors)):
-        tensors = [p, a] if drifts is None else [p, a, drifts[i]]
+        tensors = [p, a] if estimates is None else [p, a, estimates[i]]
         views = flat(tensors)
         if views is None:
             yield i, tensors, _Scratch(p, rows, p.numel())

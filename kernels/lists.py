@@ -61,15 +61,15 @@ class TensorLists:
         params: E, T floating or complex tensors (local, no DTensors), any mix of shapes, layouts, dtypes and devices;
             complex ones are taken as pairs of reals.
         anchors: A, of the same shapes and dtypes, on the same devices or in host memory.
-        drifts: V, likewise; None where the rule keeps no estimate.
+        estimates: V, likewise; None where the rule keeps no estimate.
 
     The operations work in place, in the order of the call, and must be called under `torch.no_grad()`. Arithmetic is
     float32 (float64 for float64 and complex128), each product and sum fused, with one rounding into each output.
     Factors are one finite float for each tensor, as float64 [T] on the CPU or any sequence.
     """
 
-    def __init__(self, params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> None:
-        self._lists = lists = [list(ts) for ts in (params, anchors, drifts) if ts is not None]
+    def __init__(self, params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> None:
+        self._lists = lists = [list(ts) for ts in (params, anchors, estimates) if ts is not None]
         self._facts: list[list[tuple[Any, ...]]] | None = None
         if all(type(t) in foreach.PLAIN and t.layout is torch.strided for ts in lists for t in ts):
             self._facts = [list(_facts(ts)) for ts in lists]
@@ -84,16 +84,18 @@ class TensorLists:
         # for each: module, indices in the lists (everything: a slice, which copies nothing), what the module tabulated
         self.work: list[tuple[ModuleType, Tensor | slice, Any]] = []
         for (module, _), places in groups.items():
-            own = [[ts[i] for i in places] for ts in lists] + [None] * (drifts is None)
+            own = [[ts[i] for i in places] for ts in lists] + [None] * (estimates is None)
             work = module.prepare(*own, *[TensorLists] * (module is streamed))
             self.work.append((module, slice(None) if len(groups) == 1 else torch.tensor(places), work))
 
-    def still_fits(self, params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> bool:
+    def still_fits(
+        self, params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None
+    ) -> bool:
         """Whether a new `TensorLists` of these would be no other: same addresses, shapes, strides, dtypes, devices.
 
         Costs a microsecond a tensor. False for subclasses of Tensor, whose elements may lie anywhere.
         """
-        given = [ts for ts in (params, anchors, drifts) if ts is not None]
+        given = [ts for ts in (params, anchors, estimates) if ts is not None]
         if self._facts is None or list(map(len, given)) != list(map(len, self._lists)):
             return False
         # the same elements by way of other objects: then those kept here must be as they were, too
@@ -112,7 +114,7 @@ class TensorLists:
 
         Returns:
             float64 [T, 4] on `device`: <D, V>, <D, D>, <V, V>, <E, E> with D = E - A; not finite where an input is not;
-            without drifts columns 0 and 2 are 0.
+            without estimates columns 0 and 2 are 0.
 
         On the CPU it waits for the device: this is the one place where a cycle's end needs host values.
         """
@@ -130,7 +132,7 @@ class TensorLists:
             ratios: how much of its drift each tensor jumps; 0 leaves the weights as they are, bit for bit.
 
         Raises:
-            ValueError: there are drifts, or not as many factors as tensors.
+            ValueError: there are estimates, or not as many factors as tensors.
         """
         if len(self._lists) == 3:
             raise ValueError("this operation takes no drift estimates: TensorLists was made with some")
@@ -148,9 +150,9 @@ class TensorLists:
             weights: of the new drift in the estimate.
 
         Raises:
-            ValueError: there are no drifts, or not as many factors as tensors.
+            ValueError: there are no estimates, or not as many factors as tensors.
         """
-        self._need_drifts()
+        self._need_estimates()
         own_retreats, own_weights = self._column(retreats), self._column(weights)
         for module, index, work in self.work:
             module.retreat_(work, own_retreats[index], own_weights[index])
@@ -162,9 +164,9 @@ class TensorLists:
             ratios: how much of the estimate each tensor is from its anchor; 0: E <- A, bit for bit.
 
         Raises:
-            ValueError: there are no drifts, or not as many factors as tensors.
+            ValueError: there are no estimates, or not as many factors as tensors.
         """
-        self._need_drifts()
+        self._need_estimates()
         own_ratios = self._column(ratios)
         for module, index, work in self.work:
             module.trial_(work, own_ratios[index])
@@ -174,7 +176,7 @@ class TensorLists:
         for module, _, work in self.work:
             module.anchor_(work)
 
-    def _need_drifts(self) -> None:
+    def _need_estimates(self) -> None:
         if len(self._lists) == 2:
             raise ValueError("this operation needs drift estimates: TensorLists was made without")
 

@@ -287,18 +287,20 @@ class Work:
 
     params: Sequence[Tensor]
     anchors: Sequence[Tensor]
-    drifts: Sequence[Tensor] | None
+    estimates: Sequence[Tensor] | None
     launches: list[tuple[Tensor, Tensor, int, dict[str, Any]]]
 
 
-def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Work:
+def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> Work:
     """What the operations take, of tensors that are all on one device. It knows their addresses of now."""
     groups: dict[torch.dtype, list[int]] = {}
     for i, p in enumerate(params):
         if p.numel():
             groups.setdefault(p.dtype, []).append(i)
     zeros = torch.zeros(len(params), dtype=torch.int64)
-    addresses = [zeros if ts is None else torch.tensor([t.data_ptr() for t in ts]) for ts in (params, anchors, drifts)]
+    addresses = [
+        zeros if ts is None else torch.tensor([t.data_ptr() for t in ts]) for ts in (params, anchors, estimates)
+    ]
     numels = torch.tensor([p.numel() for p in params])
     launches = []
     for dtype, places in groups.items():
@@ -306,7 +308,7 @@ def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequenc
         tables = _tables(params[0].device, [column[index] for column in addresses], numels[index], index)
         constants = {"DTYPE": DTYPES[dtype], "CHUNK": CHUNK, "VEC": 16 // dtype.itemsize, "INTERPRET": INTERPRET}
         launches.append((*tables, dtype.itemsize, constants))
-    return Work(params, anchors, drifts, launches)
+    return Work(params, anchors, estimates, launches)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -334,7 +336,7 @@ def cycle_sums(work: Work) -> Tensor:
     with _on(sums.device):
         for tensors, chunks, itemsize, constants in work.launches:
             partials = torch.zeros(len(chunks), 4, dtype=torch.float32, device=sums.device)
-            options = {"BLOCK": SUMS_BLOCK[itemsize], "HAS_V": work.drifts is not None, **_options(SUMS_THREADS)}
+            options = {"BLOCK": SUMS_BLOCK[itemsize], "HAS_V": work.estimates is not None, **_options(SUMS_THREADS)}
             _sums_kernel[(len(chunks),)](tensors, chunks, partials, **constants, **options)
             options = {"BLOCK": FINISH_BLOCK, **_options(FINISH_BLOCK)}
             _finish_kernel[(len(tensors),)](tensors, partials, sums, CHUNK=CHUNK, **options)
@@ -354,7 +356,7 @@ def jump_(work: Work, ratios: Tensor) -> None:
 def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:
     """The retreat of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
     _write(_retreat_kernel, work, torch.stack([retreats, weights], 1))
-    _written(work.anchors, work.drifts or ())
+    _written(work.anchors, work.estimates or ())
 
 
 def trial_(work: Work, ratios: Tensor) -> None:

@@ -76,11 +76,11 @@ class Work:
 
     params: Sequence[Tensor]
     anchors: Sequence[Tensor]
-    drifts: Sequence[Tensor] | None
+    estimates: Sequence[Tensor] | None
     parts: Tensor
 
 
-def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None) -> Work:
+def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> Work:
     """What the operations take. It knows the tensors' addresses of now."""
     numels = torch.tensor(list(map(Tensor.numel, params)), dtype=torch.int64)
     sizes = torch.tensor([p.itemsize for p in params], dtype=torch.int64)
@@ -91,10 +91,10 @@ def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequenc
         torch.tensor(list(map(Tensor.data_ptr, ts)), dtype=torch.int64)[index] + starts * sizes[index]
         if ts is not None
         else torch.zeros_like(index)
-        for ts in (params, anchors, drifts)
+        for ts in (params, anchors, estimates)
     ]
     parts = torch.stack([*addresses, (numels[index] - starts).clamp(max=PART), sizes[index], index], 1)
-    return Work(params, anchors, drifts, parts)
+    return Work(params, anchors, estimates, parts)
 
 
 def cycle_sums(work: Work) -> Tensor:
@@ -114,7 +114,7 @@ def jump_(work: Work, ratios: Tensor) -> None:
 def retreat_(work: Work, retreats: Tensor, weights: Tensor) -> None:
     """The retreat of `extraopt.kernels.TensorLists`, in the arithmetic of the jump."""
     _call("extraopt_retreat", work, torch.stack([retreats, weights], 1).float())
-    _written(work.anchors, work.drifts or ())
+    _written(work.anchors, work.estimates or ())
 
 
 def trial_(work: Work, ratios: Tensor) -> None:

@@ -85,7 +85,7 @@ def _noise_floor(taken: Sequence[float], every: int, momentum: float) -> float:
 def retreat(
     weights: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    drifts: Sequence[Tensor],
+    estimates: Sequence[Tensor],
     retreats: Sequence[float],
     shares: Sequence[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -94,22 +94,22 @@ def retreat(
     Args:
         weights: E, any shapes and real dtypes.
         anchors: A, same shapes.
-        drifts: V, the estimates, same shapes.
+        estimates: V, same shapes.
         retreats: part of D = E - A that each anchor stays behind.
         shares: of the new drift in each estimate.
 
     Returns:
         New anchors E - retreat * D and new estimates V + share * (D - V), both float64.
     """
-    E, A, V = ([t.double() for t in ts] for ts in (weights, anchors, drifts))
+    E, A, V = ([t.double() for t in ts] for ts in (weights, anchors, estimates))
     new_A = [e - r * (e - a) for e, a, r in zip(E, A, retreats)]
     new_V = [v + w * (e - a - v) for e, a, v, w in zip(E, A, V, shares)]
     return new_A, new_V
 
 
-def trial(anchors: Sequence[Tensor], drifts: Sequence[Tensor], ratios: Sequence[float]) -> list[Tensor]:
+def trial(anchors: Sequence[Tensor], estimates: Sequence[Tensor], ratios: Sequence[float]) -> list[Tensor]:
     """Weights A + ratio * V of each tensor, float64."""
-    return [a.double() + r * v.double() for a, v, r in zip(anchors, drifts, ratios)]
+    return [a.double() + r * v.double() for a, v, r in zip(anchors, estimates, ratios)]
 
 
 def anchor(weights: Sequence[Tensor]) -> list[Tensor]:

@@ -120,8 +120,8 @@ def _through(work: Work, back: bool) -> Iterator[tuple[Tensor, _OnDevice]]:
                     on_device.append(here)
             if (arrived := incoming.reached()) is not None:
                 arrived.wait()
-            params, anchors, *drifts = on_device
-            yield torch.tensor([i for i, _ in batch]), work.make(params, anchors, drifts[0] if drifts else None)
+            params, anchors, *estimates = on_device
+            yield torch.tensor([i for i, _ in batch]), work.make(params, anchors, estimates[0] if estimates else None)
             free[number % 2] = _Queue.now(device)
             if back:
                 outgoing.after(free[number % 2])
@@ -135,9 +135,11 @@ def _through(work: Work, back: bool) -> Iterator[tuple[Tensor, _OnDevice]]:
         outgoing.finish()
 
 
-def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor] | None, make: _Make) -> Work:
+def prepare(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None, make: _Make
+) -> Work:
     """What the operations take, of parameters that are all on one device; `make` makes `TensorLists`."""
-    lists = [params, anchors] if drifts is None else [params, anchors, drifts]
+    lists = [params, anchors] if estimates is None else [params, anchors, estimates]
     return Work(lists, _batches(lists), make)
 
 

@@ -138,8 +138,8 @@ def main() -> None:
         for dtype in multi_tensor.DTYPES:
             for drift in False, True:
                 variant.update(target=target, dtype=str(dtype).removeprefix("torch."), drift=drift)
-                params, anchors, drifts = ([torch.zeros(n, dtype=dtype) for n in (20_000, 5)] for _ in range(3))
-                work = multi_tensor.prepare(params, anchors, drifts if drift else None)
+                params, anchors, estimates = ([torch.zeros(n, dtype=dtype) for n in (20_000, 5)] for _ in range(3))
+                work = multi_tensor.prepare(params, anchors, estimates if drift else None)
                 multi_tensor.cycle_sums(work)
                 ratios, retreats = (torch.tensor(x, dtype=torch.float64) for x in ([0.5, 2.0], [0.5, 0.0]))
                 if drift:

@@ -37,12 +37,12 @@ def specs(dtype: torch.dtype, sizes: Sequence[int]) -> list[Spec]:
 
 
 class Lists:
-    """Params, anchors and drifts, each a view into a buffer of its own that is sentinels everywhere else."""
+    """Params, anchors and estimates, each a view into a buffer of its own that is sentinels everywhere else."""
 
     def __init__(self, wanted: Sequence[Spec], device: str = "cpu", seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
         self.buffers: list[tuple[Tensor, int, int]] = []
-        self.params, self.anchors, self.drifts = lists = [], [], []
+        self.params, self.anchors, self.estimates = lists = [], [], []
         for dtype, n, layout, shifts in wanted:
             p, noise, v = torch.randn(3, n, generator=generator).unbind()
             scale = 10 ** (3 * torch.rand(2, n, generator=generator) - 4)  # steps from 1e-4 of the weights up to 0.1
@@ -68,7 +68,9 @@ class Lists:
 
     def copies(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The tensors as they are now, on the CPU, layouts kept."""
-        return tuple([t.detach().to("cpu", copy=True) for t in ts] for ts in (self.params, self.anchors, self.drifts))
+        return tuple(
+            [t.detach().to("cpu", copy=True) for t in ts] for ts in (self.params, self.anchors, self.estimates)
+        )
 
 
 def ratios(n: int) -> list[float]:
@@ -90,20 +92,20 @@ def plain_jump_(params: Sequence[Tensor], anchors: Sequence[Tensor], ratios: Seq
 
 
 def plain_retreat_(
-    params: Sequence[Tensor], anchors: Sequence[Tensor], drifts: Sequence[Tensor],
+    params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor],
     retreats: Sequence[float], weights: Sequence[float],
 ) -> None:  # fmt: skip
     """The retreat as one would type it, likewise."""
-    for p, a, v, retreat, weight in zip(params, anchors, drifts, retreats, weights):
+    for p, a, v, retreat, weight in zip(params, anchors, estimates, retreats, weights):
         p32 = p.float()
         d = p32 - a.float()
         v.copy_(v.float().lerp_(d, weight))
         a.copy_(p32.add(d, alpha=-retreat) if retreat else p)
 
 
-def prepared(module: ModuleType, params: Any, anchors: Any, drifts: Any) -> Any:
+def prepared(module: ModuleType, params: Any, anchors: Any, estimates: Any) -> Any:
     extra = [TensorLists] if module is streamed else []
-    return module.prepare(params, anchors, drifts, *extra)
+    return module.prepare(params, anchors, estimates, *extra)
 
 
 def column(factors: Sequence[float]) -> Tensor:
@@ -111,7 +113,7 @@ def column(factors: Sequence[float]) -> Tensor:
 
 
 def sums(module: ModuleType, *lists: Any) -> Tensor:
-    """What a module's two steps make of params, anchors and drifts."""
+    """What a module's two steps make of params, anchors and estimates."""
     return module.cycle_sums(prepared(module, *lists))
 
 
@@ -119,8 +121,8 @@ def jump_(module: ModuleType, params: Any, anchors: Any, ratios: Sequence[float]
     module.jump_(prepared(module, params, anchors, None), column(ratios))
 
 
-def retreat_(module: ModuleType, params: Any, anchors: Any, drifts: Any, retreats: Any, weights: Any) -> None:
-    module.retreat_(prepared(module, params, anchors, drifts), column(retreats), column(weights))
+def retreat_(module: ModuleType, params: Any, anchors: Any, estimates: Any, retreats: Any, weights: Any) -> None:
+    module.retreat_(prepared(module, params, anchors, estimates), column(retreats), column(weights))
 
 
 def exact_jump(p: Tensor, a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:

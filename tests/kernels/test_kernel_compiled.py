@@ -96,7 +96,7 @@ def test_gpu_jump_and_retreat_are_those_of_torch_bit_for_bit(dtype, name):
             taken, factors = 3, [cases.retreats(n), [weight] * n]
         getattr(cases, f"plain_{name}")(*expected[:taken], *factors)
         for lists, module in (fused, multi_tensor), (fallback, foreach):
-            tensors = lists.params, lists.anchors, lists.drifts
+            tensors = lists.params, lists.anchors, lists.estimates
             assert all(map(multi_tensor.supports, *tensors))
             getattr(cases, name)(module, *tensors[:taken], *factors)
         torch.cuda.synchronize()
@@ -122,13 +122,13 @@ def test_gpu_operations(dtype, name):
 
     def run(operate, streams=False):
         lists = cases.Lists(wanted, "cuda")
-        anchors, drifts = lists.anchors, lists.drifts
+        anchors, estimates = lists.anchors, lists.estimates
         if streams:
-            anchors, drifts = ([t.cpu().pin_memory() for t in ts] for ts in (anchors, drifts))
-        operate(lists.params, anchors, drifts, name, *factors)
+            anchors, estimates = ([t.cpu().pin_memory() for t in ts] for ts in (anchors, estimates))
+        operate(lists.params, anchors, estimates, name, *factors)
         torch.cuda.synchronize()
         assert lists.guards_intact()
-        return [t.detach().cpu() for ts in (lists.params, anchors, drifts) for t in ts]
+        return [t.detach().cpu() for ts in (lists.params, anchors, estimates) for t in ts]
 
     fused = run(operations.by_module(multi_tensor))
     for other in run(operations.by_module(foreach)), run(operations.by_lists, True):
@@ -146,7 +146,7 @@ def test_gpu_sums(drift):
 
     sizes = cases.SMALL + cases.EDGES + cases.LONG + [3_000_000]
     lists = cases.Lists([spec for dtype in DTYPES for spec in cases.specs(getattr(torch, dtype), sizes)], "cuda")
-    arguments = lists.params, lists.anchors, lists.drifts if drift else None
+    arguments = lists.params, lists.anchors, lists.estimates if drift else None
     got = cases.sums(multi_tensor, *arguments)
     assert got.is_cuda and torch.equal(got, cases.sums(multi_tensor, *arguments))
     for i, row in enumerate(got.cpu()):

@@ -49,7 +49,7 @@ else:
 
     def retreated(wanted, retreat_, retreats, weight):
         lists = cases.Lists(wanted)
-        retreat_(lists.params, lists.anchors, lists.drifts, retreats, [weight] * len(wanted))
+        retreat_(lists.params, lists.anchors, lists.estimates, retreats, [weight] * len(wanted))
         assert lists.guards_intact()
         return lists
 
@@ -58,7 +58,7 @@ else:
         fused = done(wanted, partial(ours, multi_tensor), *factors)
         for peer in plain, partial(ours, foreach):
             other = done(wanted, peer, *factors)
-            for name in "params", "anchors", "drifts":
+            for name in "params", "anchors", "estimates":
                 assert not cases.differing(getattr(fused, name), getattr(other, name)), (peer, name)
         return fused
 
@@ -66,7 +66,7 @@ else:
         before = cases.Lists(wanted)
         fused = assert_same_as_torch(jumped, cases.plain_jump_, cases.jump_, wanted, ratios)
         assert not cases.differing(fused.params, fused.anchors)
-        assert not cases.differing(fused.drifts, before.drifts)
+        assert not cases.differing(fused.estimates, before.estimates)
         return before, fused
 
     def assert_same_retreat(wanted, weight, retreats):
@@ -184,7 +184,7 @@ else:
     def test_sums(dtype, drift):
         sizes = cases.SMALL + cases.EDGES + cases.LONG if (dtype, drift) == (torch.float32, True) else [1, 33, 2049]
         lists = cases.Lists(cases.specs(dtype, sizes))
-        arguments = lists.params, lists.anchors, lists.drifts if drift else None
+        arguments = lists.params, lists.anchors, lists.estimates if drift else None
         before = lists.copies()
         got = cases.sums(multi_tensor, *arguments)
         assert got.dtype == torch.float64 and got.shape == (len(lists.params), 4)
@@ -199,18 +199,18 @@ else:
     def test_sums_are_the_same_every_time_and_wherever_a_tensor_stands():
         wanted = [spec for dtype in FLOATS for spec in cases.specs(dtype, [1000, 9000])[::4]]
         lists = cases.Lists(wanted)
-        sums = cases.sums(multi_tensor, lists.params, lists.anchors, lists.drifts)
+        sums = cases.sums(multi_tensor, lists.params, lists.anchors, lists.estimates)
         for order in range(len(wanted)), torch.randperm(len(wanted)).tolist():
-            again = ([ts[i] for i in order] for ts in (lists.params, lists.anchors, lists.drifts))
+            again = ([ts[i] for i in order] for ts in (lists.params, lists.anchors, lists.estimates))
             assert torch.equal(cases.sums(multi_tensor, *again), sums[list(order)])
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("dtype", FLOATS)
     def test_what_is_not_finite_shows_in_the_sums(dtype, bad):
-        for victim in "params", "anchors", "drifts":
+        for victim in "params", "anchors", "estimates":
             lists = cases.Lists([(dtype, n, lambda flat: flat, (0, 0, 0)) for n in (9, 1031, 40)])
             getattr(lists, victim)[1][-1] = bad
-            sums = cases.sums(multi_tensor, lists.params, lists.anchors, lists.drifts)
+            sums = cases.sums(multi_tensor, lists.params, lists.anchors, lists.estimates)
             assert sums.isfinite().all(1).tolist() == [True, False, True], victim
 
     def test_nothing_to_do():
@@ -224,7 +224,7 @@ else:
         # The last chunk of a tensor of 2**33 elements, at a made-up address 2**35 bytes before the elements there are.
         n, before = 1029, 2**33
         lists = cases.Lists([(torch.float32, n, lambda flat: flat, (0, 0, 0))])
-        p, a, v = (ts[0] for ts in (lists.params, lists.anchors, lists.drifts))
+        p, a, v = (ts[0] for ts in (lists.params, lists.anchors, lists.estimates))
         row = [t.data_ptr() - 4 * before for t in (p, a, v)] + [before + n, -before // multi_tensor.CHUNK, 0]
         expected = lists.copies()
         cases.plain_retreat_(*expected, [0.25], [0.1])

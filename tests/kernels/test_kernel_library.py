@@ -35,7 +35,7 @@ def folder(monkeypatch, tmp_path):
 def cycle():
     out = cases.Lists(cases.specs(torch.float32, [5, 33, 4097]))
     n = len(out.params)
-    work = TensorLists(out.params, out.anchors, out.drifts)
+    work = TensorLists(out.params, out.anchors, out.estimates)
     assert [module for module, *_ in work.work] == [foreach]
     work.sums()
     work.retreat_(cases.retreats(n), [0.1] * n)
@@ -64,7 +64,7 @@ def test_a_library_that_can_not_be_loaded_ends_the_run(folder, kind):
         without = cycle()
     for out in broken:
         assert not cases.differing(
-            out.params + out.anchors + out.drifts, without.params + without.anchors + without.drifts
+            out.params + out.anchors + out.estimates, without.params + without.anchors + without.estimates
         )
 
 

@@ -27,7 +27,7 @@ def done(module, wanted, weight):
     if weight is None:
         cases.jump_(module, lists.params, lists.anchors, cases.ratios(n))
     else:
-        cases.retreat_(module, lists.params, lists.anchors, lists.drifts, cases.retreats(n), [weight] * n)
+        cases.retreat_(module, lists.params, lists.anchors, lists.estimates, cases.retreats(n), [weight] * n)
     assert lists.guards_intact()
     return lists
 
@@ -37,9 +37,9 @@ def done(module, wanted, weight):
 def test_jump_and_retreat_are_those_of_torch_bit_for_bit(dtype, weight):
     wanted = cases.specs(dtype, cases.SMALL + EDGES)
     lists = cases.Lists(wanted)
-    assert all(map(native.supports, lists.params, lists.anchors, lists.drifts))
+    assert all(map(native.supports, lists.params, lists.anchors, lists.estimates))
     ours, theirs = (done(module, wanted, weight) for module in (native, foreach))
-    for name in "params", "anchors", "drifts":
+    for name in "params", "anchors", "estimates":
         assert not cases.differing(getattr(ours, name), getattr(theirs, name)), name
     if weight is None:
         assert not cases.differing(ours.params, ours.anchors)
@@ -65,7 +65,7 @@ def test_bfloat16_rounds_otherwise_than_torch_at_the_ends_of_its_range():
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_sums(dtype, drift):
     lists = cases.Lists(cases.specs(dtype, cases.SMALL + EDGES))
-    arguments = lists.params, lists.anchors, lists.drifts if drift else None
+    arguments = lists.params, lists.anchors, lists.estimates if drift else None
     before = lists.copies()
     for i, row in enumerate(cases.sums(native, *arguments)):
         exact, size = cases.exact_sums(*(ts and ts[i] for ts in arguments))
@@ -77,20 +77,20 @@ def test_sums(dtype, drift):
 def test_sums_depend_on_threads_or_on_the_place_in_the_list():
     wanted = [spec for dtype in FLOATS for spec in cases.specs(dtype, EDGES)]
     lists = cases.Lists(wanted)
-    sums = cases.sums(native, lists.params, lists.anchors, lists.drifts)
+    sums = cases.sums(native, lists.params, lists.anchors, lists.estimates)
     torch.set_num_threads(2)
     order = torch.randperm(len(wanted)).tolist()
-    again = ([ts[i] for i in order] for ts in (lists.params, lists.anchors, lists.drifts))
+    again = ([ts[i] for i in order] for ts in (lists.params, lists.anchors, lists.estimates))
     assert torch.equal(cases.sums(native, *again), sums[order])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_what_is_not_finite_does_not_show_in_the_sums(dtype, bad):
-    for victim in "params", "anchors", "drifts":
+    for victim in "params", "anchors", "estimates":
         lists = cases.Lists([(dtype, n, lambda flat: flat, (0, 0, 0)) for n in (9, 1031, 40)])
         getattr(lists, victim)[1][-1] = bad
-        sums = cases.sums(native, lists.params, lists.anchors, lists.drifts)
+        sums = cases.sums(native, lists.params, lists.anchors, lists.estimates)
         assert sums.isfinite().all(1).tolist() == [True, False, True], victim
 
 
@@ -132,7 +132,7 @@ def test_a_cycle_without_a_compiler_is_another_one(monkeypatch):
     def run():
         lists = cases.Lists(cases.specs(torch.float32, [5, 33, 4097]))
         n = len(lists.params)
-        work = kernels.TensorLists(lists.params, lists.anchors, lists.drifts)
+        work = kernels.TensorLists(lists.params, lists.anchors, lists.estimates)
         sums = work.sums()
         work.retreat_(cases.retreats(n), [0.1] * n)
         work.trial_(cases.ratios(n))
@@ -143,4 +143,4 @@ def test_a_cycle_without_a_compiler_is_another_one(monkeypatch):
     monkeypatch.setattr(native, "_library", lambda: calls.append(1))
     others, theirs = run()
     assert calls and torch.allclose(sums, others, rtol=1e-6, atol=1e-9)
-    assert not cases.differing(ours.params + ours.drifts, theirs.params + theirs.drifts)
+    assert not cases.differing(ours.params + ours.estimates, theirs.params + theirs.estimates)

@@ -69,7 +69,7 @@ def after(problem, name, operate, times=1):
     specs, *factors = problem
     out = made(specs)
     for _ in range(times):
-        operate(out.params, out.anchors, out.drifts, name, *arguments(name, *factors))
+        operate(out.params, out.anchors, out.estimates, name, *arguments(name, *factors))
     assert out.guards_intact()
     return out
 
@@ -90,8 +90,8 @@ def check_reference(problem, name, operate):
     """One rounding from the reference, and only what the operation writes is written."""
     specs, ratios, retreats, weights = problem
     before, out = made(specs), after(problem, name, operate)
-    E, A, V = map(real, (before.params, before.anchors, before.drifts))
-    got = dict(zip("EAV", map(real, (out.params, out.anchors, out.drifts))))
+    E, A, V = map(real, (before.params, before.anchors, before.estimates))
+    got = dict(zip("EAV", map(real, (out.params, out.anchors, out.estimates))))
     wanted = dict(zip("EAV", (E, A, V)))
     if name == "jump_":  # a trial from the weights on, along the drift itself
         wanted["E"] = wanted["A"] = reference.trial(E, [e.double() - a.double() for e, a in zip(E, A)], ratios)
@@ -163,7 +163,7 @@ def test_parts_of_long_tensors_are_lost(name, dtype, threads):
 def test_a_trial_leaves_rounding_behind(problem, other):
     specs, ratios, *_ = problem
     once, twice = after(problem, "trial_", by_lists), made(specs)
-    work = TensorLists(twice.params, twice.anchors, twice.drifts)
+    work = TensorLists(twice.params, twice.anchors, twice.estimates)
     for factors in [other] * len(ratios), ratios[::-1], ratios:
         work.trial_(factors)
     assert not cases.differing(buffers(twice), buffers(once))
@@ -192,7 +192,7 @@ def test_autograd_does_not_notice_what_operations_write(name, dtype):
 def test_factors_come_as_tensors_or_sequences_of_any_length():
     def run(*factors):
         out = made([(torch.float32, 9, lambda flat: flat, (0, 0, 0))] * 3)
-        work = TensorLists(out.params, out.anchors, out.drifts)
+        work = TensorLists(out.params, out.anchors, out.estimates)
         work.retreat_(*factors)
         work.trial_(factors[0])
         TensorLists(out.params, out.anchors, None).jump_(factors[1])
@@ -211,7 +211,7 @@ def test_factors_come_as_tensors_or_sequences_of_any_length():
             TensorLists(*[[torch.ones(9)] * 3] * 2, None).jump_(wrong)
 
 
-def test_retreat_and_trial_without_drifts():
+def test_retreat_and_trial_without_estimates():
     work = TensorLists([torch.ones(3)], [torch.zeros(3)], None)
     for call in lambda: work.retreat_([0.5], [0.5]), lambda: work.trial_([0.5]):
         with pytest.raises(ValueError, match="needs drift estimates"):
@@ -220,11 +220,11 @@ def test_retreat_and_trial_without_drifts():
     assert work.sums().tolist() == [[0.0, 0.0, 0.0, 3.0]]
 
 
-def test_a_jump_with_drifts():
+def test_a_jump_with_estimates():
     out = made([(torch.float32, 9, lambda flat: flat, (0, 0, 0))])
     before = [buffer.clone() for buffer in buffers(out)]
     with pytest.raises(ValueError, match="takes no drift estimates"):
-        TensorLists(out.params, out.anchors, out.drifts).jump_([0.5])
+        TensorLists(out.params, out.anchors, out.estimates).jump_([0.5])
     assert not cases.differing(buffers(out), before)
 
 
@@ -257,7 +257,7 @@ SWAPS = {
 
 
 def check_fit(work, tensors, module, change, victim):
-    """`tensors`: params, anchors, drifts."""
+    """`tensors`: params, anchors, estimates."""
     assert [m for m, *_ in work.work] == [module]
     assert work.still_fits(*tensors)
     aliases = [[t.detach() for t in ts] for ts in tensors]
@@ -325,7 +325,7 @@ def test_a_kept_list_computes_otherwise_than_a_new_one(problem):
 
     def run(keep):
         out = made(specs)
-        tensors = out.params, out.anchors, out.drifts
+        tensors = out.params, out.anchors, out.estimates
         work, sums = TensorLists(*tensors), []
         for _ in range(2):
             assert work.still_fits(*tensors)

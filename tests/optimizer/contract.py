@@ -642,7 +642,9 @@ def optimizers_that_loaded_one_state_dict_do_not_share_anchors(make: Make) -> No
 
     before = [v.clone() for _, v in extra(second, theirs)]
     train(optimizer, ours, range(EVERY + 1, 3 * EVERY))
-    assert_same([v for _, v in extra(second, theirs)], before, "anchors and drifts of the optimizer that stood still")
+    assert_same(
+        [v for _, v in extra(second, theirs)], before, "anchors and estimates of the optimizer that stood still"
+    )
 
 
 @contract
@@ -753,7 +755,7 @@ def _check_the_rule(make: Make, dtype: torch.dtype, every: int) -> None:
         optimizer.param_groups[1]["lr"] = 0.0 if cycle == 2 else 0.03
         adamw = AdamW([{"params": plain[:1]}, {"params": plain[1:]}])
         adamw.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        drifts = [optimizer.state[p].get("extra_estimate", torch.zeros_like(p)).clone() for p in params]
+        estimates = [optimizer.state[p].get("extra_estimate", torch.zeros_like(p)).clone() for p in params]
         for o, own in (adamw, plain), (optimizer, params):
             give_gradients(own, step, noise=2.0)
             if cycle == 0:
@@ -763,12 +765,12 @@ def _check_the_rule(make: Make, dtype: torch.dtype, every: int) -> None:
             assert_same(params, plain, f"{dtype}: step {step + 1} ends no cycle")
             continue
         here = [i for i in range(len(params)) if cycle or i != 2]
-        before = ([ts[i] for i in here] for ts in (plain, anchors, drifts, taken))
+        before = ([ts[i] for i in here] for ts in (plain, anchors, estimates, taken))
         ends = [next_cycle(optimizer, [e], [a], [v], [w], every) for e, a, v, w in zip(*before, strict=True)]
         after, estimates, opened = ([t for end in ends for t in end[i]] for i in range(3))
         unit = torch.float64 if dtype == torch.float64 else torch.float32
         for i, w, nv, g in zip(here, after, estimates, opened, strict=True):
-            p, e, a, v = params[i], plain[i], anchors[i], drifts[i]
+            p, e, a, v = params[i], plain[i], anchors[i], estimates[i]
             ratio, terms, stored = g * STEPS / every, e.double().abs() + a.double().abs() + v.abs(), 0.0
             estimate = optimizer.state[p].get("extra_estimate")
             if estimate is not None:

@@ -38,17 +38,17 @@ def test_what_passes_through_buffers_is_what_lies_on_the_device(small_buffers, d
     wanted = cases.specs(dtype, [*cases.SMALL, 70_000, 3, 300_001]) + [(dtype, 9, with_gaps, (0, 0, 0))]
     there, here = cases.Lists(wanted, device), cases.Lists(wanted)
     if device == "cuda":
-        for ts in here.anchors, here.drifts:
+        for ts in here.anchors, here.estimates:
             ts[::2] = [t.pin_memory() for t in ts[::2]]  # and some that are not
     here.params = there.copies()[0] if device == "cpu" else [t.clone() for t in there.params]
     n = len(wanted)
     name, *factors = ("retreat_", cases.retreats(n), [0.1] * n) if drift else ("jump_", cases.ratios(n))
-    whole = kernels.TensorLists(there.params, there.anchors, there.drifts if drift else None)
-    arguments = here.params, here.anchors, here.drifts if drift else None
+    whole = kernels.TensorLists(there.params, there.anchors, there.estimates if drift else None)
+    arguments = here.params, here.anchors, here.estimates if drift else None
     assert torch.allclose(cases.sums(streamed, *arguments).cpu(), whole.sums(), rtol=1e-6, atol=1e-12)
     getattr(whole, name)(*factors)
     getattr(cases, name)(streamed, *arguments[: 3 if drift else 2], *factors)
-    for name in "params", "anchors", "drifts":
+    for name in "params", "anchors", "estimates":
         for i, (got, want) in enumerate(zip(getattr(here, name), getattr(there, name))):
             assert torch.equal(got.cpu(), want.cpu()), (name, i, wanted[i][:2])
             assert got.device.type == (device if name == "params" else "cpu")
