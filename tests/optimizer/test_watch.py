@@ -401,6 +401,22 @@ def test_rows_that_are_packed_or_padded(inputs: Callable[[int], dict[str, Any]])
     torch.testing.assert_close(rows, wanted)
 
 
+def test_a_model_of_ones_own_with_a_configuration_that_says_nothing() -> None:
+    """It predicts the next token, as causal language models do, and is no encoder-decoder."""
+    model = Hidden()
+    model.forward = lambda input_ids, labels=None: SimpleNamespace(logits=model.head(model.embed(input_ids)))
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    inputs = batch(0)
+    inputs["labels"][:, :3] = -100
+    model(**inputs)
+    watch = optimizer._trust.watch
+    with watch.undisturbed():
+        rows = looked_at(*watch.run(watch.positions()))
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    torch.testing.assert_close(rows, logits[:, :-1][inputs["labels"][:, 1:] != -100])
+
+
 @pytest.mark.parametrize("room", [1, 5, 100], ids="{} positions".format)
 @pytest.mark.parametrize("cuts", [True, False], ids=["cut by the model", "cut from its logits"])
 def test_many_positions_are_looked_at_with_too_few_bytes(
