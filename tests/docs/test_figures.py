@@ -170,6 +170,10 @@ def reliability() -> Iterator[str]:
     mutants = result("mutation")
     killed = sum(mutant["killed_by"] is not None for mutant in mutants)
     yield f"| {killed} fail a test ({100 * killed / len(mutants):.1f} %); of the other {len(mutants) - killed},"
+    mutants = result("mutation-cycles")
+    killed = sum(mutant["killed_by"] is not None for mutant in mutants)
+    yield f"{len(mutants)} places of `extraopt/` drawn at random so far"
+    yield f"| {killed} fail a test ({100 * killed / len(mutants):.1f} %); of the other three"
 
 
 def watching() -> Iterator[str]:
