@@ -65,11 +65,13 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
 # of rules before; their rows stay, but can't be made any more. Those with a fall had a trust region, for the jump alone
 # but for 0.5, which was from 1 % on, and let jumps be of any length.
 WITH_A_FALL = " (k=10)", " (fall 0.1)", " (fall 0.3)", " (fall 0.3, no g^2)", " (fall 0.5)"
+OTHER = "AdamW, another CPU"  # where ExtraAdam's machine has a run of AdamW's, too: rounding makes it another sample
 BEFORE = [f"before: ExtraAdam{of}" for of in ("", " no rollback", " (5,25)", " (start 61)", *WITH_A_FALL)]
 COLOURS = dict(
     zip(
-        [*OPTIMIZERS, *BEFORE],
-        "#64748b #0072b2 #000000 #d55e00 #e69f00 #009e73 #cc79a7 #56b4e9 #882255 #117733 #999933 #44aa99".split(),
+        [*OPTIMIZERS, OTHER, *BEFORE],
+        "#64748b #0072b2 #000000 #94a3b8 #d55e00 #e69f00 #009e73 #cc79a7 #56b4e9 #882255 "
+        "#117733 #999933 #44aa99".split(),
         strict=True,
     )
 )
@@ -312,6 +314,22 @@ def values(row: dict[str, Any], what: str) -> list[list[float]]:
     return [[s, statistics.mean(each[s - WINDOW : s])] for s in range(WINDOW, len(each) + 1)]
 
 
+def paired(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows; AdamW's of another machine than ExtraAdam's are `OTHER` where there is one of the same machine."""
+
+    def of(row: dict[str, Any]) -> tuple[Any, ...]:
+        return where(row), row["lr"], row["seed"]
+
+    ours = {of(row): row["machine"] for row in rows if row["optimizer"] == "ExtraAdam"}
+    beside = {of(row) for row in rows if row["optimizer"] == "AdamW" and row["machine"] == ours.get(of(row))}
+    return [
+        {**row, "optimizer": OTHER}
+        if row["optimizer"] == "AdamW" and of(row) in beside and row["machine"] != ours[of(row)]
+        else row
+        for row in rows
+    ]
+
+
 def longest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of AdamW's and ExtraAdam's runs the longest of each place, learning rate and seed, in this order."""
     found: dict[Any, dict[str, Any]] = {}
@@ -421,6 +439,7 @@ def entropies(rows: list[dict[str, Any]]) -> str:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
+    rows = paired(rows)
     parts = [table(rows), f"Run by run at learning rate {COURSE[2]:g}, all weights, fp32:", course(rows)]
     parts += [
         f"Entropy, in nats a token, over the {WINDOW} steps whose mean reward is the first to come to a level:",
@@ -430,6 +449,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def report(rows: list[dict[str, Any]], path: Path, page: bool = False) -> None:
+    rows = paired(rows)
     picture(rows, path)
     front = [row for row in rows if (row["task"], row["tuning"], row["lr"], row["settings"]["precision"]) == COURSE]
     picture(front, path.with_stem(f"{path.stem}_front"))

@@ -269,9 +269,11 @@ class CycleMixin:
         for group, ends in due:
             if not ends:
                 continue
-            if group["extra_offload"]:
-                for _, state, *_ in ends:
+            for p, state, *_ in ends:
+                if group["extra_offload"]:
                     offload(state)
+                if keeps_estimate(group) and "extra_estimate" not in state:
+                    state["extra_estimate"] = new_estimate(p, group["extra_offload"])
             rule = (
                 group["extra_every"], group["extra_steps"], group["extra_beta"], group["extra_gate"],
                 group["extra_start"], group["extra_kl"] is not None, momentum_of(group),
@@ -283,9 +285,6 @@ class CycleMixin:
             every, states = group["extra_every"], [state for _, state, *_ in ends]
             estimates, noise = None, [(0.0, 0.0)] * len(ends)
             if keeps_estimate(group):
-                for p, state, *_ in ends:
-                    if "extra_estimate" not in state:
-                        state["extra_estimate"] = new_estimate(p, group["extra_offload"])
                 estimates, noise = [state["extra_estimate"] for state in states], _noise(ends)
             batch = CycleBatch(
                 [p for p, *_ in ends],

@@ -135,8 +135,7 @@ class Watch:
         self._sought = set[int]()  # what it returned
         self._first = -1  # id of the hook that remembers the call by which a model was found
         self._rng: dict[torch.device | None, Tensor] = {}
-        self._captured: tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.dtype]] | None = None
-        self._attention: Any = None  # torch's, when they were
+        self._captured: tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.dtype], Any] | None = None
 
     @property
     def armed(self) -> bool:
@@ -238,8 +237,8 @@ class Watch:
             for device in {x.device.type for x in leaves if isinstance(x, Tensor)}
             if torch.is_autocast_enabled(device)
         }
-        self._captured = (*_map(Tensor.detach, (arguments, dict(named))), autocast)
-        self._attention = nn.functional.scaled_dot_product_attention
+        attention = nn.functional.scaled_dot_product_attention  # context_parallel puts one of its own in place
+        self._captured = (*_map(Tensor.detach, (arguments, dict(named))), autocast, attention)
 
     # --- again -------------------------------------------------------------------------------------------------------
 
@@ -250,7 +249,7 @@ class Watch:
             Unusable: they were a part of a sequence, the rest of which lay on other ranks.
         """
         assert self.model is not None and self._captured is not None
-        if self._attention is not nn.functional.scaled_dot_product_attention:  # as context_parallel puts it in place
+        if self._captured[3] is not nn.functional.scaled_dot_product_attention:
             raise Unusable(
                 "its forward pass was within torch's context_parallel, which has ended: what is left is one rank's "
                 "part of a sequence"

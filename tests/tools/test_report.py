@@ -38,18 +38,22 @@ def run_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     return stop.value.code, capsys.readouterr()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """A run of a real Trainer, with a checkpoint at its end, and its logs."""
+def train(folder: Path, rule: str, steps: int, save: int, **options: Any) -> tuple[Path, list[dict[str, Any]]]:
+    """A run of a real Trainer by one of the rules that its own tests name, and its logs."""
     pytest.importorskip("transformers", reason="needs transformers: pip install 'extraopt[hf]'")
-    from test_integrations_transformers import GATED, Trainer, arguments, llama, rows, use_extra_adam
+    import test_integrations_transformers as real
 
-    folder = tmp_path_factory.mktemp("trained") / "a run"
-    args = arguments(folder, max_steps=30, save_strategy="steps", save_steps=15)
-    trainer = Trainer(llama(), args, train_dataset=rows(same=True))
-    use_extra_adam(trainer, lr=1e-3, **GATED)
+    args = real.arguments(folder, max_steps=steps, save_strategy="steps", save_steps=save)
+    trainer = real.Trainer(real.llama(), args, train_dataset=real.rows(same=True))
+    real.use_extra_adam(trainer, lr=1e-3, **getattr(real, rule), **options)
     trainer.train()
     return folder, trainer.state.log_history
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """With a checkpoint at its end, and without a trust region."""
+    return train(tmp_path_factory.mktemp("trained") / "a run", "GATED", 30, 15)
 
 
 def test_the_numbers_are_those_of_a_trainers_run(trained, capsys, monkeypatch, tmp_path: Path):
@@ -257,16 +261,9 @@ def test_the_floor_is_the_one_that_the_optimizer_judged_by() -> None:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """A run of a real Trainer with a trust region, and its logs of cycles."""
-    pytest.importorskip("transformers", reason="needs transformers: pip install 'extraopt[hf]'")
-    from test_integrations_transformers import OPEN, Trainer, arguments, llama, rows, use_extra_adam
-
-    folder = tmp_path_factory.mktemp("guarded") / "run"
-    args = arguments(folder, max_steps=18, save_strategy="steps", save_steps=18)
-    trainer = Trainer(llama(), args, train_dataset=rows(same=True))
-    use_extra_adam(trainer, lr=1e-3, **OPEN, extra_fall=0.7)
-    trainer.train()
-    return folder, [log for log in trainer.state.log_history if "extra/gate" in log]
+    """With a trust region; its logs of cycles."""
+    folder, logs = train(tmp_path_factory.mktemp("guarded") / "run", "OPEN", 18, 18, extra_fall=0.7)
+    return folder, [log for log in logs if "extra/gate" in log]
 
 
 def drawn(
