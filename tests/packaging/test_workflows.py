@@ -73,6 +73,16 @@ def test_the_tested_versions_are_the_promised_ones() -> None:
     assert {(entry["torch"], entry["python"]) for entry in matrix} == set(rows)
 
 
+def test_nothing_is_uploaded_before_the_tests_and_the_wheels() -> None:
+    jobs = read(ROOT / ".github" / "workflows" / "release.yml")["jobs"]
+    (last,) = (job for job in jobs.values() if job.get("environment") == "pypi")
+    files = {Path(jobs[need]["uses"]).name for need in last["needs"]}
+    assert files == {"tests.yml", "wheels.yml"}
+    for name in files:
+        called = read(ROOT / ".github" / "workflows" / name)
+        assert "workflow_call" in called.get("on", called.get(True)), "yaml reads a bare `on` as true"
+
+
 def test_pre_commit_runs_what_make_lint_runs() -> None:
     (repo,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
     assert [hook["entry"] for hook in repo["hooks"]] == [f"make {need}" for need in targets()["lint"]]
