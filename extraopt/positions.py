@@ -63,6 +63,7 @@ class Positions:
             return
         if not self._beside:
             valid = torch.cat([valid[:, 1:], torch.zeros_like(valid[:, :1])], 1)
+        valid = valid & _kept(named.get("logits_to_keep", 0), valid)
         columns = valid.any(0).nonzero().flatten()
         if not len(columns):  # one that is not looked at costs less than all logits
             columns = columns.new_zeros(1)
@@ -77,10 +78,8 @@ class Positions:
         if self._uses_cache and ("use_cache" in kept or self._accepts("use_cache")):
             kept["use_cache"] = False
         self._cut = self._columns is not None and self._accepts("logits_to_keep")
-        if self._cut and "logits_to_keep" not in kept:
+        if self._cut:
             kept["logits_to_keep"] = self._columns
-        else:
-            self._cut = False
         return kept
 
     def rows(self, output: Any) -> tuple[Tensor, Tensor]:
@@ -116,6 +115,23 @@ class Positions:
                 raise Unusable("it returned logits of fewer positions than it was given tokens")
             columns = self._columns[columns] + first
         return logits.reshape(-1, logits.shape[-1]), rows * logits.shape[1] + columns
+
+
+def _kept(keep: int | Tensor, valid: Tensor) -> Tensor:
+    """Positions whose logits training asked for, as transformers' `logits_to_keep` says it: bool, 1 or as many rows.
+
+    Args:
+        keep: so many of the last ones, 0 for all; or their indices, int64 [K]; or bool [T] or [B, T].
+        valid: [B, T], on the device that the answer is wanted on.
+    """
+    if isinstance(keep, Tensor) and keep.dtype == torch.bool:
+        return keep.to(valid.device).view(-1, valid.shape[1])
+    kept = torch.zeros_like(valid[:1])
+    if isinstance(keep, Tensor) and keep.dim():
+        kept[:, keep.to(valid.device)] = True
+    else:
+        kept[:, -int(keep) :] = True
+    return kept
 
 
 def _all(logits: Tensor) -> tuple[Tensor, Tensor]:

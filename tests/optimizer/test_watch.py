@@ -161,7 +161,7 @@ def test_accumulated_gradients(last: str) -> None:
             output = model(**inputs)
             (output.loss if micro < 2 or last == "labels" else output.logits.sum() * 0).backward()
         if step % EVERY == 2:
-            _, named, _ = optimizer._trust.watch._captured
+            named = optimizer._trust.watch._captured[1]
             assert_same(named, batch(3 * step + (2 if last == "labels" else 1)))
         optimizer.step()
     assert 0 < optimizer.last_jump.kl <= 0.02
@@ -399,6 +399,45 @@ def test_rows_that_are_packed_or_padded(inputs: Callable[[int], dict[str, Any]])
     else:  # the first token that is shown is a prediction, too
         wanted = torch.cat([logits[0, 4:7], logits[1, :7]])
     torch.testing.assert_close(rows, wanted)
+
+
+KEPT: dict[str, Any] = {
+    "the last ones": 4,
+    "indices": torch.tensor([3, 4, 6]),
+    "bool": torch.arange(8) > 3,
+    "bool by row": torch.arange(16).view(2, 8) % 3 == 0,
+}
+
+
+@pytest.mark.parametrize("keep", KEPT)
+def test_training_that_asks_for_some_logits_only_is_guarded_by_these(keep: str) -> None:
+    """As older versions of TRL, and ms-swift, call a model; of these positions those that are no prediction do not count."""
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+
+    def inputs(step: int) -> dict[str, Any]:
+        ids = batch(step)["input_ids"]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": KEPT[keep]}
+
+    def loss(output: Any) -> Tensor:
+        return output.logits.logsumexp(-1).mean() + output.logits[..., 3].mean()
+
+    watched(train(model, optimizer, inputs, loss=loss))
+    optimizer._trust.watch.armed = True
+    model(**inputs(0))
+    watch = optimizer._trust.watch
+    with watch.undisturbed():
+        rows = looked_at(*watch.run(watch.positions()))
+    with torch.no_grad():
+        logits = model.eval()(input_ids=inputs(0)["input_ids"]).logits
+    wanted = torch.zeros(2, 8, dtype=torch.bool)
+    if keep == "the last ones":
+        wanted[:, 4:] = True
+    elif keep == "indices":
+        wanted[:, KEPT[keep]] = True
+    else:
+        wanted |= KEPT[keep]
+    torch.testing.assert_close(rows, logits[:, :-1][wanted[:, :-1]])
 
 
 def test_a_model_of_ones_own_with_a_configuration_that_says_nothing() -> None:
