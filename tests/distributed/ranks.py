@@ -1,4 +1,4 @@
-"""Two real ranks over gloo, kept alive between tests, that run a function of a module by name."""
+"""Real ranks over gloo, two unless told otherwise, kept alive between tests: they run functions of a module by name."""
 
 import datetime
 import importlib
@@ -14,10 +14,10 @@ import torch
 WORLD = 2
 
 
-def _serve(rank: int, store: str, calls: Any, answers: Any) -> None:
+def _serve(rank: int, world: int, store: str, calls: Any, answers: Any) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
     )
     while (call := calls.get()) is not None:
         module, name, args = call
@@ -30,15 +30,15 @@ def _serve(rank: int, store: str, calls: Any, answers: Any) -> None:
 
 
 class Ranks:
-    """`run` calls a function on both ranks as f(rank, *args) and returns what they returned."""
+    """`run` calls a function on all ranks as f(rank, *args) and returns what they returned."""
 
-    def __init__(self, store: str) -> None:
+    def __init__(self, store: str, world: int = WORLD) -> None:
         context = multiprocessing.get_context("spawn")
         self.answers = context.Queue()
-        self.calls = [context.Queue() for _ in range(WORLD)]
+        self.calls = [context.Queue() for _ in range(world)]
         self.processes = [
-            context.Process(target=_serve, args=(rank, store, self.calls[rank], self.answers), daemon=True)
-            for rank in range(WORLD)
+            context.Process(target=_serve, args=(rank, world, store, self.calls[rank], self.answers), daemon=True)
+            for rank in range(world)
         ]
         os.environ["OMP_NUM_THREADS"] = "1"
         for process in self.processes:
@@ -48,9 +48,9 @@ class Ranks:
         for calls in self.calls:
             # pytest may import tests/x.py as tests.x, which no other process knows
             calls.put((function.__module__.rpartition(".")[2], function.__name__, args))
-        results: list[Any] = [None] * WORLD
+        results: list[Any] = [None] * len(self.processes)
         try:
-            for _ in range(WORLD):
+            for _ in self.processes:
                 rank, error, answer = self.answers.get(timeout=timeout)
                 if error is not None:
                     self.close()  # the other rank may wait for this one in a collective

@@ -6,12 +6,14 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import WORLD, Ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -190,10 +192,12 @@ def test_a_rank_with_fewer_positions_counts_as_much_as_one_with_many(ranks: Rank
     assert measured == pytest.approx((kl + other_kl) / (count + other_count), rel=1e-3)
 
 
-def rank_fsdp(rank: int, mixed: bool, looked: bool) -> tuple[Any, ...]:
-    """Both ranks have the same inputs, so that a single process takes the same steps to rounding."""
+def rank_fsdp(rank: int, mixed: bool, looked: bool, hybrid: bool = False) -> tuple[Any, ...]:
+    """All ranks have the same inputs, so that a single process takes the same steps to rounding."""
     model = llama()
-    options = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if mixed else {}
+    options: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if mixed else {}
+    if hybrid:
+        options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     for layer in model.model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)
@@ -225,8 +229,13 @@ def rank_fsdp(rank: int, mixed: bool, looked: bool) -> tuple[Any, ...]:
 @pytest.mark.parametrize("looked", [False, True], ids=["trains", "evaluates, too"])
 def test_fsdp_ranks_compute_with_none_of_a_trials_weights_afterwards(ranks: Ranks, looked: bool) -> None:
     """FSDP2's root keeps what it has gathered: a later trial, and the next training pass, would be of old weights."""
-    first, second = ranks.run(rank_fsdp, False, looked)
-    assert first[:2] == second[:2]
+    assert_as_one_process(ranks.run(rank_fsdp, False, looked))
+
+
+def assert_as_one_process(results: list[Any]) -> None:
+    """What `rank_fsdp` returned on each rank."""
+    first, *others = results
+    assert all(other[:2] == first[:2] for other in others)
     sharded, alone, far = first[2:]
     assert sharded["lengths"] == pytest.approx(alone["lengths"], rel=1e-4) and all(sharded["lengths"])
     assert sharded["kls"] == pytest.approx(alone["kls"], rel=1e-2) and all(0 < kl <= 0.02 for kl in sharded["kls"])
@@ -238,6 +247,15 @@ def test_fsdp_ranks_in_mixed_precision_jump_together(ranks: Ranks) -> None:
     first, second = ranks.run(rank_fsdp, True, False)
     assert first[:2] == second[:2] and not first[2]["warnings"]
     assert all(length > 0 for length in first[2]["lengths"]) and all(0 < kl <= 0.02 for kl in first[2]["kls"])
+
+
+def test_hybrid_shards_are_those_of_one_model(tmp_path: Path) -> None:
+    """HSDP, a mesh of two copies in two shards each: sums are over both dimensions, and each copy jumps alike."""
+    ranks = Ranks(str(tmp_path / "store"), world=4)
+    try:
+        assert_as_one_process(ranks.run(rank_fsdp, False, True, True))
+    finally:
+        ranks.close()
 
 
 def rank_fsdp_fails(rank: int) -> bool:
@@ -331,7 +349,6 @@ def test_a_rank_without_inputs_keeps_no_other_waiting(ranks: Ranks) -> None:
 
 
 def in_parts_of_a_sequence(rank: int) -> tuple[list[float], list[str]]:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
 
     model = llama()
