@@ -38,6 +38,7 @@ class Positions:
         self._beside = self._decodes or getattr(model, "loss_type", None) in ("ForMaskedLM", "ForTokenClassification")
         self._uses_cache = getattr(config, "use_cache", None) is not None
         self._accepts = _accepted(model)
+        self._own = _parameters(model)
         embeddings = getattr(model, "get_output_embeddings", lambda: None)() if config is not None else None
         weight = getattr(embeddings, "weight", None)
         self._width = int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
@@ -47,6 +48,8 @@ class Positions:
             self._choose(arguments, named)
 
     def _choose(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        takes = (name for name, p in self._own.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+        named = {**dict(zip(takes, arguments)), **named}
         side = "decoder_" if self._decodes else ""
         names = f"{side}input_ids", f"{side}inputs_embeds"
         ids: Any = next((named[name] for name in names if isinstance(named.get(name), Tensor)), None)
@@ -61,9 +64,17 @@ class Positions:
             valid = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
         else:
             return
+        shown = valid
         if not self._beside:
             valid = torch.cat([valid[:, 1:], torch.zeros_like(valid[:, :1])], 1)
-        valid = valid & _kept(named.get("logits_to_keep", 0), valid)
+        if (keep := named.get("logits_to_keep")) is not None:
+            kept = _kept(keep, next((x for x in (ids, mask) if isinstance(x, Tensor)), valid), valid.device)
+            if valid.shape[1] < kept.shape[1]:  # labels of these positions alone
+                valid = torch.zeros_like(kept).masked_scatter(kept, valid)
+            elif isinstance(labels, Tensor) or bool((valid & kept).any()):
+                valid = valid & kept
+            else:  # only the prediction of what comes after the sequence
+                valid = shown & kept
         columns = valid.any(0).nonzero().flatten()
         if not len(columns):  # one that is not looked at costs less than all logits
             columns = columns.new_zeros(1)
@@ -74,10 +85,16 @@ class Positions:
 
     def named(self, named: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments that make the model return logits of these positions, and nothing that a loss needs."""
-        kept = {k: v for k, v in named.items() if k not in DROPPED or (k == "labels" and self._decodes)}
+        needed = {name for name, p in self._own.items() if p.default is p.empty}
+        if self._decodes:
+            needed.add("labels")
+        kept = {k: v for k, v in named.items() if k not in DROPPED or k in needed}
         if self._uses_cache and ("use_cache" in kept or self._accepts("use_cache")):
             kept["use_cache"] = False
-        self._cut = self._columns is not None and self._accepts("logits_to_keep")
+        # with labels it makes a loss, which takes logits of all of them
+        self._cut = self._columns is not None and "labels" not in kept and self._accepts("logits_to_keep")
+        if self._columns is not None:
+            kept.pop("logits_to_keep", None)
         if self._cut:
             kept["logits_to_keep"] = self._columns
         return kept
@@ -89,8 +106,7 @@ class Positions:
             Unusable: it holds no logits.
         """
         if self._logits is not None:
-            given = self._logits(output)
-            return _all(given.reshape(-1, given.shape[-1])[: max(1, LOGITS_BYTES // (4 * given.shape[-1]))])
+            return _all(self._logits(output))
         logits: Any = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise Unusable("its output has no `.logits`: give watch(model, logits=...) a function that makes them")
@@ -106,7 +122,7 @@ class Positions:
                 "that makes logits of the output"
             )
         if logits.dim() != 3 or self._valid is None or self._columns is None:
-            return _all(logits.reshape(-1, logits.shape[-1]))
+            return _all(logits)
         rows, columns = self._valid[:, self._columns].nonzero().unbind(1)
         if not self._cut or logits.shape[1] != len(self._columns):
             # virtual tokens of prompt tuning come first, and make the logits longer than the tokens
@@ -114,28 +130,35 @@ class Positions:
             if first < 0:
                 raise Unusable("it returned logits of fewer positions than it was given tokens")
             columns = self._columns[columns] + first
-        return logits.reshape(-1, logits.shape[-1]), rows * logits.shape[1] + columns
+        return _few(logits.reshape(-1, logits.shape[-1]), rows * logits.shape[1] + columns)
 
 
-def _kept(keep: int | Tensor, valid: Tensor) -> Tensor:
-    """Positions whose logits training asked for, as transformers' `logits_to_keep` says it: bool, 1 or as many rows.
+def _kept(keep: Any, whole: Tensor, device: torch.device) -> Tensor:
+    """Positions whose logits training asked for, as transformers' `logits_to_keep` says it: bool [B, T], on `device`.
 
     Args:
-        keep: so many of the last ones, 0 for all; or their indices, int64 [K]; or bool [T] or [B, T].
-        valid: [B, T], on the device that the answer is wanted on.
+        keep: so many of the last ones, 0 for all; a slice or indices, int64 [K] or [B, K]; or bool [T] or [B, T].
+        whole: [B, T, ...], what the model was given.
     """
-    if isinstance(keep, Tensor) and keep.dtype == torch.bool:
-        return keep.to(valid.device).view(-1, valid.shape[1])
-    kept = torch.zeros_like(valid[:1])
+    kept = torch.zeros(whole.shape[:2], dtype=torch.bool, device=device)
     if isinstance(keep, Tensor) and keep.dim():
-        kept[:, keep.to(valid.device)] = True
-    else:
-        kept[:, -int(keep) :] = True
+        keep = keep.to(device)
+        if keep.dtype == torch.bool:
+            return kept.logical_or_(keep)
+        return kept.scatter_(1, keep.remainder(kept.shape[1]).expand(len(kept), -1), True)
+    kept[:, keep if isinstance(keep, (slice, list)) else slice(-int(keep), None)] = True
     return kept
 
 
+def _few(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """As many of the rows as there is room for, by a fixed stride."""
+    room = max(1, LOGITS_BYTES // (4 * logits.shape[-1]))
+    return logits, rows[:: -(-len(rows) // room) or 1]
+
+
 def _all(logits: Tensor) -> tuple[Tensor, Tensor]:
-    return logits, torch.arange(len(logits), device=logits.device)
+    logits = logits.reshape(-1, logits.shape[-1])
+    return _few(logits, torch.arange(len(logits), device=logits.device))
 
 
 def _accepted(model: nn.Module) -> Callable[..., bool]:
@@ -143,10 +166,7 @@ def _accepted(model: nn.Module) -> Callable[..., bool]:
     own: list[Mapping[str, inspect.Parameter]] = []
     inner: Any = model
     for _ in range(4):
-        try:
-            own.append(inspect.signature(inner.forward).parameters)
-        except (TypeError, ValueError):  # one that is not written in Python
-            own.append({})
+        own.append(_parameters(inner))
         inner = getattr(inner, "base_model", None)
         inner = getattr(inner, "model", inner)
         if not isinstance(inner, nn.Module) or not _passes_on(own[-1]):
@@ -158,6 +178,14 @@ def _accepted(model: nn.Module) -> Callable[..., bool]:
         return _passes_on(own[0]) and any(name in parameters for parameters in own)
 
     return accepts
+
+
+def _parameters(module: Any) -> Mapping[str, inspect.Parameter]:
+    """Of its forward."""
+    try:
+        return inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):  # one that is not written in Python
+        return {}
 
 
 def _passes_on(parameters: Mapping[str, inspect.Parameter]) -> bool:

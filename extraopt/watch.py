@@ -135,7 +135,7 @@ class Watch:
         self._sought = set[int]()  # what it returned
         self._first = -1  # id of the hook that remembers the call by which a model was found
         self._rng: dict[torch.device | None, Tensor] = {}
-        self._captured: tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.dtype], Any] | None = None
+        self._captured: tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.dtype], Any, Any] | None = None
 
     @property
     def armed(self) -> bool:
@@ -227,18 +227,17 @@ class Watch:
         leaves = list(_leaves((arguments, named)))
         if not any(isinstance(x, Tensor) for x in leaves) or any(isinstance(x, nn.Module) for x in leaves):
             return
-        if named.get("past_key_values") is not None:
+        if any(named.get(of) is not None and not isinstance(named[of], bool) for of in ("past_key_values", "cache")):
             return  # each pass would lengthen it
-        labels = named.get("labels")
-        if self._captured is not None and isinstance(labels, Tensor) and not bool((labels != -100).any()):
+        if self._captured is not None and _empty(named.get("labels")):
             return  # an earlier micro-batch says more
         autocast = {
             device: torch.get_autocast_dtype(device)
-            for device in {x.device.type for x in leaves if isinstance(x, Tensor)}
+            for device in {x.device.type for x in (*leaves, next(module.parameters(), None)) if isinstance(x, Tensor)}
             if torch.is_autocast_enabled(device)
         }
         attention = nn.functional.scaled_dot_product_attention  # context_parallel puts one of its own in place
-        self._captured = (*_map(Tensor.detach, (arguments, dict(named))), autocast, attention)
+        self._captured = (*_map(Tensor.detach, (arguments, dict(named))), autocast, attention, module.forward)
 
     # --- again -------------------------------------------------------------------------------------------------------
 
@@ -246,13 +245,19 @@ class Watch:
         """Which rows of the model's logits are looked at, for the inputs remembered.
 
         Raises:
-            Unusable: they were a part of a sequence, the rest of which lay on other ranks.
+            Unusable: they were a part of a sequence, the rest of which lay on other ranks, or those of another method.
         """
         assert self.model is not None and self._captured is not None
         if self._captured[3] is not nn.functional.scaled_dot_product_attention:
             raise Unusable(
                 "its forward pass was within torch's context_parallel, which has ended: what is left is one rank's "
                 "part of a sequence"
+            )
+        if self._captured[4] != self.model.forward:
+            raise Unusable(
+                f"another method was called in place of {type(self.model).__name__}'s forward, as by Lightning under "
+                "DDP: tell the optimizer the model that it calls in turn, by watch(model, "
+                "process_group=torch.distributed.group.WORLD)"
             )
         return Positions(self.model, *self._captured[:2], self._logits)
 
@@ -310,6 +315,14 @@ class Watch:
                     elif module._buffers.get(name) is not b or b._version != version:
                         module._buffers[name] = b.copy_(before)
                 _set_rng(self._rng)
+
+
+def _empty(labels: Any) -> bool:
+    """Whether there are labels, none of them valid."""
+    try:
+        return isinstance(labels, Tensor) and not bool((labels != -100).any())
+    except RuntimeError:  # within vmap or fake tensors, which have no values to ask for
+        return False
 
 
 def _version(t: Tensor) -> int | None:

@@ -401,43 +401,189 @@ def test_rows_that_are_packed_or_padded(inputs: Callable[[int], dict[str, Any]])
     torch.testing.assert_close(rows, wanted)
 
 
-KEPT: dict[str, Any] = {
-    "the last ones": 4,
-    "indices": torch.tensor([3, 4, 6]),
-    "bool": torch.arange(8) > 3,
-    "bool by row": torch.arange(16).view(2, 8) % 3 == 0,
+LAST = torch.arange(8) > 3
+# what training asks for, and the positions that this is
+KEPT: dict[str, tuple[Any, Tensor]] = {
+    "the last ones": (4, LAST),
+    "a tensor of how many": (torch.tensor(4), LAST),
+    "more than there are": (100, torch.ones(8, dtype=torch.bool)),
+    "slice": (slice(-4, None), LAST),
+    "list": ([3, 4, 6], torch.tensor([0, 0, 0, 1, 1, 0, 1, 0]).bool()),
+    "indices": (torch.tensor([3, 4, -2]), torch.tensor([0, 0, 0, 1, 1, 0, 1, 0]).bool()),
+    "indices by row": (
+        torch.tensor([[1, 2], [5, 6]]),
+        torch.tensor([[0, 1, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1, 0]]).bool(),
+    ),
+    "bool": (LAST, LAST),
+    "bool by row": (torch.arange(16).view(2, 8) % 3 == 0, torch.arange(16).view(2, 8) % 3 == 0),
 }
 
 
+class Calls(nn.Module):
+    """A wrapper that passes on what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama()
+
+    def forward(self, **named: Any) -> Any:
+        return self.inner(**named)
+
+
+def asked_for(output: Any) -> Tensor:
+    return output.logits.logsumexp(-1).mean() + output.logits[..., 3].mean()
+
+
+def seen_by(optimizer: ExtraAdam, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """The logits that a trial looks at, of these inputs."""
+    watch = optimizer._trust.watch
+    watch.armed = True
+    model(**inputs)
+    with watch.undisturbed():
+        return looked_at(*watch.run(watch.positions()))
+
+
+def logits_of(model: Any, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return getattr(model, "inner", model).eval()(input_ids=inputs["input_ids"]).logits
+
+
 @pytest.mark.parametrize("keep", KEPT)
-def test_training_that_asks_for_some_logits_only_is_guarded_by_these(keep: str) -> None:
-    """As older versions of TRL, and ms-swift, call a model; of these positions those that are no prediction do not count."""
-    model = llama()
+@pytest.mark.parametrize("make", [llama, Calls], ids=["cut by the model", "within another"])
+def test_training_that_asks_for_some_logits_only_is_guarded_by_these(keep: str, make: Callable[[], Any]) -> None:
+    """As older TRL calls a model; of these positions those that are no prediction do not count."""
+    asked, positions = KEPT[keep]
+    model = make()
     optimizer = ExtraAdam(model.parameters(), **OPEN)
 
     def inputs(step: int) -> dict[str, Any]:
         ids = batch(step)["input_ids"]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": KEPT[keep]}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": asked}
 
-    def loss(output: Any) -> Tensor:
-        return output.logits.logsumexp(-1).mean() + output.logits[..., 3].mean()
+    watched(train(model, optimizer, inputs, loss=asked_for))
+    rows = seen_by(optimizer, model, inputs(0))
+    torch.testing.assert_close(rows, logits_of(model, inputs(0))[:, :-1][positions.expand(2, 8)[:, :-1]])
 
-    watched(train(model, optimizer, inputs, loss=loss))
-    optimizer._trust.watch.armed = True
-    model(**inputs(0))
+
+@pytest.mark.parametrize("keep", [1, torch.tensor([7])], ids=["one", "its index"])
+def test_training_on_what_comes_after_the_sequence_is_guarded_there(keep: Any) -> None:
+    """As where the next token is the class. Nothing jumped, and nothing was said."""
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+
+    def inputs(step: int) -> dict[str, Any]:
+        return {"input_ids": batch(step)["input_ids"], "logits_to_keep": keep}
+
+    watched(train(model, optimizer, inputs, loss=asked_for))
+    torch.testing.assert_close(seen_by(optimizer, model, inputs(0)), logits_of(model, inputs(0))[:, -1])
+
+
+@pytest.mark.parametrize("rows", [2, 1])
+def test_labels_that_are_cut_to_the_logits_asked_for_belong_to_these(rows: int) -> None:
+    """As ms-swift trains: a number of the last ones, or bool of one row. Positions of the prompt were looked at."""
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    keep: Any = 5 if rows == 2 else torch.tensor([0, 0, 1, 0, 0, 0, 1, 0, 1, 1, 1, 1]).bool()
+    of = torch.arange(12)[-5:] if rows == 2 else torch.arange(12)[keep]
+
+    def inputs(step: int) -> dict[str, Any]:
+        ids = batch(step, rows, 12)["input_ids"]
+        return {"input_ids": ids, "labels": ids[:, of], "logits_to_keep": keep}
+
+    watched(train(model, optimizer, inputs))
+    rows_seen = seen_by(optimizer, model, inputs(0))
+    torch.testing.assert_close(rows_seen, logits_of(model, inputs(0))[:, of[:-1]].flatten(0, 1))
+
+
+def test_an_encoder_decoder_whose_labels_are_padded_in_all_rows() -> None:
+    """It makes a loss of them again, of as many logits: cut ones failed in each trial."""
+    from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {**SMALL, **ENCODER, "num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"]}
+    config = T5GemmaConfig(
+        encoder=sizes, decoder={**sizes, "cross_attention_hidden_size": 16}, vocab_size=16, dropout_rate=0.0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = T5GemmaForConditionalGeneration(config)
+
+    def inputs(step: int) -> dict[str, Any]:
+        made = seq2seq(step)
+        made["labels"][:, -2:] = -100
+        return made
+
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN), inputs))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_of_training_is_not_lengthened(name: str) -> None:
+    """Each trial would attend to what the ones before it wrote."""
+    from transformers import DynamicCache
+
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    caches = [DynamicCache() for _ in range(EVERY)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="extraopt: a cycle ended without a forward pass")
+        train(model, optimizer, lambda step: batch(step) | {name: caches[step], "use_cache": True}, EVERY)
+    assert [cache.get_seq_length() for cache in caches] == [8] * EVERY
+
+
+def test_a_model_that_needs_labels_is_given_them() -> None:
+    class Needs(Calls):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+            return self.inner(input_ids=input_ids, labels=labels)
+
+    model = Needs()
+    watched(train(model, ExtraAdam(model.parameters(), **OPEN)))
+
+
+def test_a_mask_that_is_given_by_its_place_counts() -> None:
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    ids, mask = batch(0)["input_ids"], torch.ones(2, 8, dtype=torch.long)
+    mask[:, 5:] = 0
+    model(ids, mask)
     watch = optimizer._trust.watch
     with watch.undisturbed():
         rows = looked_at(*watch.run(watch.positions()))
     with torch.no_grad():
-        logits = model.eval()(input_ids=inputs(0)["input_ids"]).logits
-    wanted = torch.zeros(2, 8, dtype=torch.bool)
-    if keep == "the last ones":
-        wanted[:, 4:] = True
-    elif keep == "indices":
-        wanted[:, KEPT[keep]] = True
-    else:
-        wanted |= KEPT[keep]
-    torch.testing.assert_close(rows, logits[:, :-1][wanted[:, :-1]])
+        logits = model.eval()(ids, mask).logits
+    torch.testing.assert_close(rows, logits[:, :4].flatten(0, 1))
+
+
+def test_another_method_in_place_of_forward_is_refused_in_words() -> None:
+    """Lightning's DDP puts `training_step` there for one call; the forward that came after could not be called."""
+
+    class Lit(Calls):
+        def forward(self, *_: Any, **__: Any) -> Any:
+            raise NotImplementedError
+
+        def training_step(self, **named: Any) -> Any:
+            return self.inner(**named)
+
+    model = Lit()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+
+    def step(**inputs: Any) -> Any:
+        model.forward = model.training_step
+        try:
+            return model(**inputs)
+        finally:
+            del model.forward
+
+    with pytest.warns(RuntimeWarning, match="another method was called in place of Lit's forward, as by Lightning"):
+        for i in range(EVERY):
+            optimizer.zero_grad()
+            step(**batch(i)).loss.backward()
+            optimizer.step()
+    assert optimizer.last_jump.length == 20
+    optimizer.watch(model.inner)
+    for i in range(2 * EVERY):
+        optimizer.zero_grad()
+        step(**batch(i)).loss.backward()
+        optimizer.step()
+    assert 0 < optimizer.last_jump.kl <= 0.02
 
 
 def test_a_model_of_ones_own_with_a_configuration_that_says_nothing() -> None:
