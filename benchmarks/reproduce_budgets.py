@@ -39,8 +39,8 @@ def toy(folder: Path) -> Iterator[tuple[str, float, dict[str, list[Row]]]]:
 
 
 def language(folder: Path) -> Iterator[tuple[str, float, dict[str, list[Row]]]]:
-    """The language model: of each seed the longest run."""
-    rows = json.loads((folder / "grpo_llm.json").read_text())
+    """The language model: of each seed the longest run; of AdamW, where there is one, of ExtraAdam's machine."""
+    rows = grpo_llm.paired(json.loads((folder / "grpo_llm.json").read_text()))
     found: dict[tuple[Any, ...], dict[str, dict[int, Row]]] = {}
     for row in sorted(rows, key=lambda row: len(row["curve"])):
         if row["optimizer"] in ("AdamW", "ExtraAdam", *PAPERS) and "note" not in row:

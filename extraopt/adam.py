@@ -128,7 +128,7 @@ class ExtraAdam(AdamW, CycleMixin):
         extra_kl (float, optional): :math:`\delta`, the largest mean KL divergence by a cycle, in nats, > 0; None is no
             trust region: every jump is :math:`N` steps long (default: 0.02, what PPO's clip of 0.2 allows)
         extra_fall (float, optional): :math:`\epsilon_f`, the largest mean fall of a plausible token's log-probability
-            by a cycle, in nats, > 0; inf is no such limit (default: 0.8)
+            by a cycle, in nats, > 0; inf is no such limit (default: 0.4)
         extra_watch (bool, optional): find the model at its first training forward pass and watch its outputs; False
             watches nothing unless :meth:`watch` is called (default: True)
         extra_offload (bool, optional): keep anchors and estimates of tensors on a GPU in pinned host memory, and pass
@@ -204,7 +204,7 @@ class ExtraAdam(AdamW, CycleMixin):
         extra_gate: float | None = 0.5,
         extra_start: int = 0,
         extra_kl: float | None = 0.02,
-        extra_fall: float = 0.8,
+        extra_fall: float = 0.4,
         extra_watch: bool = True,
         extra_offload: bool = False,
     ) -> None:

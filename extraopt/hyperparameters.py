@@ -14,7 +14,7 @@ DEFAULTS: dict[str, Any] = {
     "extra_gate": 0.5,
     "extra_start": 0,
     "extra_kl": 0.02,
-    "extra_fall": 0.8,
+    "extra_fall": 0.4,
     "extra_watch": True,
     "extra_offload": False,
 }
