@@ -7,15 +7,12 @@ then bit-equal to a single process is checked beside it.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks as two_ranks
 import torch
 import torch.distributed.checkpoint as dcp
 from ranks import Ranks
@@ -47,41 +44,19 @@ LAYOUTS = {
 }
 
 
-class FourRanks(Ranks):
-    """Ranks, but four of them: their number is a constant of that module."""
-
-    def __init__(self, store: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.answers = context.Queue()
-        self.calls = [context.Queue() for _ in range(WORLD)]
-        code = f"import ranks; ranks.WORLD = {WORLD}; ranks._serve(*args)"
-        self.processes = [
-            context.Process(target=exec, args=(code, {"args": (rank, store, calls, self.answers)}), daemon=True)
-            for rank, calls in enumerate(self.calls)
-        ]
-        os.environ["OMP_NUM_THREADS"] = "1"
-        for process in self.processes:
-            process.start()
-
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(two_ranks, "WORLD", WORLD)
-            return super().run(function, *args, timeout=timeout)
-
-
 @pytest.fixture(scope="module")
-def pool() -> Iterator[list[FourRanks]]:
-    started: list[FourRanks] = []
+def pool() -> Iterator[list[Ranks]]:
+    started: list[Ranks] = []
     yield started
     for ranks in started:
         ranks.close()
 
 
 @pytest.fixture
-def ranks(pool: list[FourRanks], tmp_path_factory: pytest.TempPathFactory) -> FourRanks:
+def ranks(pool: list[Ranks], tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """The ranks of the test before, or new ones where it failed."""
     if not pool or not pool[-1].alive:
-        pool.append(FourRanks(str(tmp_path_factory.mktemp("ranks") / "store")))
+        pool.append(Ranks(str(tmp_path_factory.mktemp("ranks") / "store"), WORLD))
     return pool[-1]
 
 
@@ -199,7 +174,7 @@ def rank_layout(rank: int, layout: str, hyperparameters: dict[str, Any]) -> tupl
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_ranks_jump_at_the_steps_and_by_the_gates_of_one_process(ranks: FourRanks, layout: str) -> None:
+def test_ranks_jump_at_the_steps_and_by_the_gates_of_one_process(ranks: Ranks, layout: str) -> None:
     answers = ranks.run(rank_layout, layout, GATED)
     reports = answers[0][0]
     assert all(repr(other) == repr(reports) for other, _ in answers), "ranks decided differently"
@@ -212,7 +187,7 @@ def test_ranks_jump_at_the_steps_and_by_the_gates_of_one_process(ranks: FourRank
         assert rows == [[2, 2, 2, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], "no shard is uneven or empty"
 
 
-def test_open_jumps_are_alike_on_ranks_with_empty_shards(ranks: FourRanks) -> None:
+def test_open_jumps_are_alike_on_ranks_with_empty_shards(ranks: Ranks) -> None:
     paper = {**OPEN, "extra_beta": 0.0}
     answers = ranks.run(rank_layout, "shard", paper)
     assert all(repr(other) == repr(answers[0][0]) for other, _ in answers)
@@ -234,7 +209,7 @@ def rank_by_hand(rank: int, layout: str) -> list[JumpReport | None]:
 
 
 @pytest.mark.parametrize("layout", ["hsdp", "mixed"])
-def test_ranks_agree_on_a_jump_that_is_called_for(ranks: FourRanks, layout: str) -> None:
+def test_ranks_agree_on_a_jump_that_is_called_for(ranks: Ranks, layout: str) -> None:
     answers = ranks.run(rank_by_hand, layout)
     assert all(repr(answer) == repr(answers[0]) for answer in answers), "ranks decided differently"
     by_hand = answers[0][3 * EVERY + 1]
@@ -251,9 +226,7 @@ def rank_poisoned(rank: int, layout: str, parameter: int) -> tuple[list[tuple[in
 
 
 @pytest.mark.parametrize("layout, parameter, shape", [("shard", 0, (7, 5)), ("fsdp of tensor-parallel", 2, (6, 7))])
-def test_ranks_agree_on_a_nan_in_one_shard(
-    ranks: FourRanks, layout: str, parameter: int, shape: tuple[int, int]
-) -> None:
+def test_ranks_agree_on_a_nan_in_one_shard(ranks: Ranks, layout: str, parameter: int, shape: tuple[int, int]) -> None:
     answers = ranks.run(rank_poisoned, layout, parameter)
     reports, warned, finite = answers[0]
     assert all(repr(answer) == repr(answers[0]) for answer in answers), "ranks decided differently"
@@ -303,9 +276,7 @@ def rank_dcp(rank: int, folder: str, saved: int, loaded: int) -> list[JumpReport
 
 
 @pytest.mark.parametrize("saved, loaded", [(4, 2), (4, 1), (2, 4), (1, 4)])
-def test_a_checkpoint_resumes_on_another_number_of_ranks(
-    ranks: FourRanks, tmp_path: Path, saved: int, loaded: int
-) -> None:
+def test_a_checkpoint_resumes_on_another_number_of_ranks(ranks: Ranks, tmp_path: Path, saved: int, loaded: int) -> None:
     answers = ranks.run(rank_dcp, str(tmp_path / "checkpoint"), saved, loaded)
     assert all(repr(answer) == repr(answers[0]) for answer in answers[:loaded])
     assert [r.step for r in answers[0]] == list(range(2 * EVERY, STEPS + 1, EVERY)) and answers[0][-1].jumped > 0
@@ -323,6 +294,6 @@ def rank_zero_redundancy(rank: int) -> int:
     return len(inner.state)
 
 
-def test_zero_redundancy_optimizer_on_four_ranks_keeps_to_the_path_of_one_process(ranks: FourRanks) -> None:
+def test_zero_redundancy_optimizer_on_four_ranks_keeps_to_the_path_of_one_process(ranks: Ranks) -> None:
     owned = ranks.run(rank_zero_redundancy)
     assert sum(owned) == 8 and min(owned) > 0
