@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -115,6 +116,24 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
             return model, group
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A training forward pass: what is needed to run it again, and to see whether it can be.
+
+    Attributes:
+        arguments, named: its inputs, detached.
+        autocast: dtype of each kind of device where it was on.
+        attention: torch's, or what context_parallel puts in its place.
+        forward: what was called: Lightning puts `training_step` there for a call.
+    """
+
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    autocast: dict[str, torch.dtype]
+    attention: Any
+    forward: Any
+
+
 class Watch:
     """Remembers the inputs of a training forward pass in the last step of a cycle, and runs the model on them again.
 
@@ -135,7 +154,7 @@ class Watch:
         self._sought = set[int]()  # what it returned
         self._first = -1  # id of the hook that remembers the call by which a model was found
         self._rng: dict[torch.device | None, Tensor] = {}
-        self._captured: tuple[tuple[Any, ...], dict[str, Any], dict[str, torch.dtype], Any, Any] | None = None
+        self._captured: _Call | None = None
 
     @property
     def armed(self) -> bool:
@@ -236,8 +255,9 @@ class Watch:
             for device in {x.device.type for x in (*leaves, next(module.parameters(), None)) if isinstance(x, Tensor)}
             if torch.is_autocast_enabled(device)
         }
-        attention = nn.functional.scaled_dot_product_attention  # context_parallel puts one of its own in place
-        self._captured = (*_map(Tensor.detach, (arguments, dict(named))), autocast, attention, module.forward)
+        attention = nn.functional.scaled_dot_product_attention
+        arguments, named = _map(Tensor.detach, (arguments, dict(named)))
+        self._captured = _Call(arguments, named, autocast, attention, module.forward)
 
     # --- again -------------------------------------------------------------------------------------------------------
 
@@ -248,18 +268,18 @@ class Watch:
             Unusable: they were a part of a sequence, the rest of which lay on other ranks, or those of another method.
         """
         assert self.model is not None and self._captured is not None
-        if self._captured[3] is not nn.functional.scaled_dot_product_attention:
+        if self._captured.attention is not nn.functional.scaled_dot_product_attention:
             raise Unusable(
                 "its forward pass was within torch's context_parallel, which has ended: what is left is one rank's "
                 "part of a sequence"
             )
-        if self._captured[4] != self.model.forward:
+        if self._captured.forward != self.model.forward:
             raise Unusable(
                 f"another method was called in place of {type(self.model).__name__}'s forward, as by Lightning under "
                 "DDP: tell the optimizer the model that it calls in turn, by watch(model, "
                 "process_group=torch.distributed.group.WORLD)"
             )
-        return Positions(self.model, *self._captured[:2], self._logits)
+        return Positions(self.model, self._captured.arguments, self._captured.named, self._logits)
 
     def run(self, positions: Positions) -> tuple[Tensor, Tensor]:
         """Logits with the weights as they are, [P, V] in the model's own dtype, and their rows at these positions.
@@ -268,10 +288,10 @@ class Watch:
             Unusable: the model gives none.
         """
         assert self.model is not None and self._captured is not None
-        arguments, named = _map(Tensor.clone, self._captured[:2])  # a model may write into its inputs
-        autocast = self._captured[2]
+        call = self._captured
+        arguments, named = _map(Tensor.clone, (call.arguments, call.named))  # a model may write into its inputs
         with contextlib.ExitStack() as stack:
-            for device, dtype in autocast.items():
+            for device, dtype in call.autocast.items():
                 stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
             torch.clear_autocast_cache()  # else a model under autocast would compute with the weights of the run before
             _set_rng(self._rng)  # noise that a model draws is the same in each run

@@ -199,3 +199,41 @@ def test_lightning(manual: bool, precision: str, tmp_path: Path) -> None:
     trainer.fit(module, loader, loader)
     check(module.reports)
     assert module.model.training and not math.isnan(trainer.optimizers[0].last_jump.kl)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_lightnings_ddp_is_refused_in_words_unless_told_the_model(told: bool, tmp_path: Path) -> None:
+    """It puts `training_step` in the place of the module's forward for a call, which can't be called again later."""
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = llama()
+
+        def configure_optimizers(self) -> ExtraAdam:
+            optimizer = ExtraAdam(self.parameters(), lr=1e-3)
+            if told:
+                optimizer.watch(self.model, process_group=torch.distributed.group.WORLD)
+            return optimizer
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.model(input_ids=batch, labels=batch).loss
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, strategy="ddp", max_steps=STEPS, default_root_dir=tmp_path, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(Module(), torch.utils.data.DataLoader([tokens(0)] * STEPS, batch_size=None))
+    finally:
+        torch.distributed.destroy_process_group()
+    said = [str(w.message) for w in caught if "extraopt" in str(w.message)]
+    last = trainer.optimizers[0].last_jump
+    if told:
+        assert not said and last.length > 0 and 0 < last.kl <= 0.02
+    else:
+        assert len(said) == 1 and "in place of Module's forward, as by Lightning under DDP" in said[0]
+        assert last.length == 20 and math.isnan(last.kl)

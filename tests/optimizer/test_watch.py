@@ -27,6 +27,7 @@ from test_trust import Passes, batch, llama
 from torch import Tensor, nn
 
 from extraopt import ExtraAdam, JumpReport
+from extraopt.positions import Positions
 from extraopt.wrap import Extra
 
 EVERY = 3
@@ -73,6 +74,15 @@ def train(
 
 def looked_at(logits: Tensor, rows: Tensor) -> Tensor:
     return logits[rows]
+
+
+def seen_by(optimizer: ExtraAdam, model: nn.Module, *arguments: Any, **named: Any) -> Tensor:
+    """The logits that a trial looks at, of these inputs."""
+    watch = optimizer._trust.watch
+    watch.armed = True
+    model(*arguments, **named)
+    with watch.undisturbed():
+        return looked_at(*watch.run(watch.positions()))
 
 
 def watched(reports: list[JumpReport], jumps: int = 3) -> None:
@@ -161,7 +171,7 @@ def test_accumulated_gradients(last: str) -> None:
             output = model(**inputs)
             (output.loss if micro < 2 or last == "labels" else output.logits.sum() * 0).backward()
         if step % EVERY == 2:
-            named = optimizer._trust.watch._captured[1]
+            named = optimizer._trust.watch._captured.named
             assert_same(named, batch(3 * step + (2 if last == "labels" else 1)))
         optimizer.step()
     assert 0 < optimizer.last_jump.kl <= 0.02
@@ -198,7 +208,7 @@ def test_generation_and_evaluation_between_training_passes() -> None:
         model(**batch(step)).loss.backward()
         elsewhere()
         if step % EVERY == 2:
-            assert_same(optimizer._trust.watch._captured[1], batch(step))
+            assert_same(optimizer._trust.watch._captured.named, batch(step))
         before = observed(model)
         optimizer.step()
         assert_same(observed(model), before)
@@ -387,11 +397,7 @@ def test_rows_that_are_packed_or_padded(inputs: Callable[[int], dict[str, Any]])
         return output.logits.logsumexp(-1).mean() + output.logits[..., 3].mean()
 
     watched(train(model, optimizer, inputs, loss=loss))
-    optimizer._trust.watch.armed = True
-    model(**inputs(0))
-    positions = optimizer._trust.watch.positions()
-    with optimizer._trust.watch.undisturbed():
-        rows = looked_at(*optimizer._trust.watch.run(positions))
+    rows = seen_by(optimizer, model, **inputs(0))
     with torch.no_grad():
         logits = model.eval()(**inputs(0)).logits
     if inputs is packed:
@@ -434,15 +440,6 @@ def asked_for(output: Any) -> Tensor:
     return output.logits.logsumexp(-1).mean() + output.logits[..., 3].mean()
 
 
-def seen_by(optimizer: ExtraAdam, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """The logits that a trial looks at, of these inputs."""
-    watch = optimizer._trust.watch
-    watch.armed = True
-    model(**inputs)
-    with watch.undisturbed():
-        return looked_at(*watch.run(watch.positions()))
-
-
 def logits_of(model: Any, inputs: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         return getattr(model, "inner", model).eval()(input_ids=inputs["input_ids"]).logits
@@ -461,7 +458,7 @@ def test_training_that_asks_for_some_logits_only_is_guarded_by_these(keep: str, 
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": asked}
 
     watched(train(model, optimizer, inputs, loss=asked_for))
-    rows = seen_by(optimizer, model, inputs(0))
+    rows = seen_by(optimizer, model, **inputs(0))
     torch.testing.assert_close(rows, logits_of(model, inputs(0))[:, :-1][positions.expand(2, 8)[:, :-1]])
 
 
@@ -475,7 +472,7 @@ def test_training_on_what_comes_after_the_sequence_is_guarded_there(keep: Any) -
         return {"input_ids": batch(step)["input_ids"], "logits_to_keep": keep}
 
     watched(train(model, optimizer, inputs, loss=asked_for))
-    torch.testing.assert_close(seen_by(optimizer, model, inputs(0)), logits_of(model, inputs(0))[:, -1])
+    torch.testing.assert_close(seen_by(optimizer, model, **inputs(0)), logits_of(model, inputs(0))[:, -1])
 
 
 @pytest.mark.parametrize("rows", [2, 1])
@@ -491,7 +488,7 @@ def test_labels_that_are_cut_to_the_logits_asked_for_belong_to_these(rows: int) 
         return {"input_ids": ids, "labels": ids[:, of], "logits_to_keep": keep}
 
     watched(train(model, optimizer, inputs))
-    rows_seen = seen_by(optimizer, model, inputs(0))
+    rows_seen = seen_by(optimizer, model, **inputs(0))
     torch.testing.assert_close(rows_seen, logits_of(model, inputs(0))[:, of[:-1]].flatten(0, 1))
 
 
@@ -543,10 +540,7 @@ def test_a_mask_that_is_given_by_its_place_counts() -> None:
     optimizer = ExtraAdam(model.parameters(), **OPEN)
     ids, mask = batch(0)["input_ids"], torch.ones(2, 8, dtype=torch.long)
     mask[:, 5:] = 0
-    model(ids, mask)
-    watch = optimizer._trust.watch
-    with watch.undisturbed():
-        rows = looked_at(*watch.run(watch.positions()))
+    rows = seen_by(optimizer, model, ids, mask)
     with torch.no_grad():
         logits = model.eval()(ids, mask).logits
     torch.testing.assert_close(rows, logits[:, :4].flatten(0, 1))
@@ -593,10 +587,7 @@ def test_a_model_of_ones_own_with_a_configuration_that_says_nothing() -> None:
     optimizer = ExtraAdam(model.parameters(), **OPEN)
     inputs = batch(0)
     inputs["labels"][:, :3] = -100
-    model(**inputs)
-    watch = optimizer._trust.watch
-    with watch.undisturbed():
-        rows = looked_at(*watch.run(watch.positions()))
+    rows = seen_by(optimizer, model, **inputs)
     with torch.no_grad():
         logits = model(**inputs).logits
     torch.testing.assert_close(rows, logits[:, :-1][inputs["labels"][:, 1:] != -100])
@@ -623,6 +614,34 @@ def test_many_positions_are_looked_at_with_too_few_bytes(
         logits, valid = model.eval()(**inputs).logits[:, :-1:stride], (inputs["labels"] != -100)[:, 1::stride]
     torch.testing.assert_close(rows, logits[valid])
     assert 0 < len(rows) <= 2 * room
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["a model of unknown width", "by a function"])
+def test_logits_of_any_model_are_bounded(given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a fixed stride, as where the model cuts them: the first ones alone would say nothing of later tokens."""
+    model = Calls()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    if given:
+        optimizer.watch(model, logits=lambda output: output.logits)
+    monkeypatch.setattr(sys.modules[Positions.__module__], "LOGITS_BYTES", 4 * 4 * 16)
+    rows = seen_by(optimizer, model, **batch(0))
+    logits = logits_of(model, batch(0))
+    every = logits.flatten(0, 1) if given else logits[:, :-1][batch(0)["labels"][:, 1:] != -100]
+    torch.testing.assert_close(rows, every[:: -(-len(every) // 4)])
+    assert 1 < len(rows) <= 4
+
+
+def test_labels_without_values_stop_no_forward_pass() -> None:
+    """Those of fake tensors can't be looked at; the second call of a step looked whether any is valid."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = llama()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    optimizer.watch(model)
+    model(**batch(0))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        output = model(**{key: mode.from_tensor(x) for key, x in batch(0).items()})
+    assert output.logits.shape == (2, 8, 16)
 
 
 def images(step: int) -> dict[str, Any]:
