@@ -10,6 +10,7 @@ import copy
 import gc
 import io
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -251,6 +252,50 @@ def test_arguments_that_only_a_loss_needs() -> None:
     assert not any(kwargs["use_cache"] for kwargs in again)
 
 
+class NoLogits:
+    """What takes their place where there are labels: whoever touches it is told how to have them."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError("set UNSLOTH_RETURN_LOGITS")
+
+
+@pytest.mark.parametrize("stays", [False, True], ids=["put back by the loss", "left on"])
+def test_hidden_states_by_the_name_of_logits_are_compared(stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """unsloth's contract: by a flag `.logits` are hidden states, for its own loss; indices to keep are not heard of."""
+    model = llama(vocabulary=24)
+    forward, flag = model.forward, "UNSLOTH_RETURN_HIDDEN_STATES"
+    monkeypatch.setenv(flag, "0")
+
+    def patched(input_ids: Tensor, labels: Any = None, logits_to_keep: Any = 0, **named: Any) -> Any:
+        output = forward(input_ids, labels=labels, output_hidden_states=True, **named)
+        if os.environ[flag] == "1":
+            output.logits = output.hidden_states[-1]
+        elif labels is not None:
+            output.logits = NoLogits()
+        return output
+
+    patched.__wrapped__ = forward  # type: ignore[attr-defined]
+    model.forward = patched
+    optimizer = ExtraAdam(model.parameters(), **{**OPEN, "lr": 1e-4})
+
+    def inputs(step: int) -> dict[str, Any]:
+        os.environ[flag] = "1"
+        return {"input_ids": batch(step)["input_ids"]}
+
+    def loss(output: Any) -> Tensor:
+        logits = model.lm_head(output.logits)
+        os.environ[flag] = "01"[stays]
+        return -logits.log_softmax(-1)[..., 3].mean()  # type: ignore[no-any-return]
+
+    if stays:
+        with pytest.warns(RuntimeWarning, match=r"columns, which are no distribution .*watch\(model, logits"):
+            reports = train(model, optimizer, inputs, loss=loss)
+        assert [report.length for report in reports] == [20] * 3
+    else:
+        watched(train(model, optimizer, inputs, loss=loss))
+        assert seen_by(optimizer, model, **batch(0)).shape[-1] == model.config.vocab_size
+
+
 def test_hooks_of_the_user_fire_and_forwards_are_counted() -> None:
     model = llama()
     passes = Passes(model)
@@ -347,14 +392,21 @@ def adapter(**options: Any) -> Any:
 
 
 @pytest.mark.parametrize("watch", ["found", "the adapter's model", "the model within"])
-def test_an_adapter(watch: str) -> None:
+@pytest.mark.parametrize("calls", [True, False], ids=["now", "until 0.20"])
+def test_an_adapter(watch: str, calls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT until 0.20 passes over the hooks of the model within: one warning, where that is what is watched."""
     model = adapter(target_modules=["q_proj", "v_proj"])
+    if not calls:
+        tuner = next(kind for kind in type(model.base_model).__mro__ if kind.__name__ == "BaseTuner")
+        monkeypatch.setattr(tuner, "forward", lambda self, *args, **named: self.model.forward(*args, **named))
     optimizer = ExtraAdam([p for p in model.parameters() if p.requires_grad], **{**OPEN, "lr": 1e-2})
     if watch != "found":
         optimizer.watch(model if watch == "the adapter's model" else model.base_model.model)
     base = {n: p.clone() for n, p in model.state_dict().items() if "lora" not in n}
-    reports = train(model, optimizer)
-    assert [r.kl > 0 for r in reports[1:]] == [True] * 2
+    seen = calls or watch != "the model within"
+    with nullcontext() if seen else pytest.warns(RuntimeWarning, match="extraopt.*watch"):
+        reports = train(model, optimizer)
+    assert [r.kl > 0 for r in reports[1:]] == [seen] * 2
     assert_same({n: p for n, p in model.state_dict().items() if "lora" not in n}, base)
 
 
