@@ -42,6 +42,7 @@ class Positions:
         embeddings = getattr(model, "get_output_embeddings", lambda: None)() if config is not None else None
         weight = getattr(embeddings, "weight", None)
         self._width = int(weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+        self._tokens = False  # given to it; without any, labels need not lie along its logits: those of CTC do not
         self._valid: Tensor | None = None
         self._columns: Tensor | None = None
         if logits is None:
@@ -55,6 +56,7 @@ class Positions:
         ids: Any = next((named[name] for name in names if isinstance(named.get(name), Tensor)), None)
         if ids is None and arguments and isinstance(arguments[0], Tensor) and not arguments[0].is_floating_point():
             ids = None if self._decodes else arguments[0]
+        self._tokens = ids is not None
         labels, mask = named.get("labels"), named.get(f"{side}attention_mask")
         if isinstance(labels, Tensor) and labels.dim() == 2:
             valid = labels != -100
@@ -127,6 +129,8 @@ class Positions:
         if not self._cut or logits.shape[1] != len(self._columns):
             # virtual tokens of prompt tuning come first, and make the logits longer than the tokens
             first = logits.shape[1] - self._valid.shape[1]
+            if first and not self._tokens:
+                return _all(logits)
             if first < 0:
                 raise Unusable("it returned logits of fewer positions than it was given tokens")
             columns = self._columns[columns] + first

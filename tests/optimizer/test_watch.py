@@ -701,6 +701,12 @@ def images(step: int) -> dict[str, Any]:
     return {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 2])}
 
 
+def speech(step: int) -> dict[str, Any]:
+    """Labels of 2 and 3 tokens to 7 frames."""
+    torch.manual_seed(step)
+    return {"input_values": torch.randn(2, 80), "labels": torch.tensor([[3, 5, -100], [4, 3, 7]])}
+
+
 def seq2seq(step: int) -> dict[str, Any]:
     return batch(step) | {"attention_mask": torch.ones(2, 8, dtype=torch.long)}
 
@@ -717,6 +723,10 @@ SMALL: dict[str, Any] = {"vocab_size": 16, "pad_token_id": 0}
 ENCODER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 T5 = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 3}
+SPEECH = {
+    "conv_dim": [8], "conv_kernel": [20], "conv_stride": [10], "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 1, "apply_spec_augment": False,
+}  # fmt: skip
 KINDS: dict[str, tuple[str, str, dict[str, Any], Callable[[int], dict[str, Any]]]] = {
     "classifier": ("LlamaForSequenceClassification", "LlamaConfig", {**SMALL, **ENCODER, "num_labels": 3}, classes),
     "encoder-decoder": ("T5ForConditionalGeneration", "T5Config", {**SMALL, **T5}, seq2seq),
@@ -728,6 +738,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], Callable[[int], dict[str, Any]]
         "ViTForImageClassification", "ViTConfig", {**ENCODER, "image_size": 16, "patch_size": 8, "num_labels": 3},
         images,
     ),
+    "speech": ("Wav2Vec2ForCTC", "Wav2Vec2Config", {**SMALL, **ENCODER, **SPEECH}, speech),
     "batch norm": ("ResNetForImageClassification", "ResNetConfig", RESNET, images),
 }  # fmt: skip
 
@@ -756,6 +767,16 @@ def test_labels_that_lie_beside_their_logits_are_shifted(kind: str) -> None:
     with torch.no_grad():
         wanted = model.eval()(**inputs(0)).logits[inputs(0)["labels"] != -100]
     torch.testing.assert_close(rows, wanted)
+
+
+def test_frames_of_speech_are_looked_at_where_its_labels_would_lie() -> None:
+    """Labels of CTC lie along nothing that the model is given: all frames count, not as many as there are labels."""
+    model, inputs = built("speech")
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    train(model, optimizer, inputs)
+    rows = seen_by(optimizer, model, **inputs(0))
+    with torch.no_grad():
+        torch.testing.assert_close(rows, model.eval()(inputs(0)["input_values"]).logits.flatten(0, 1))
 
 
 @pytest.mark.parametrize("mask", [False, True])
