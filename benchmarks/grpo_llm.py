@@ -26,7 +26,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +56,7 @@ spec.loader.exec_module(demo)
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- made by benchmarks/grpo_llm.py -->", "<!-- end of grpo_llm -->"
+BEGIN_EARLIER = "<!-- made by benchmarks/grpo_llm.py: other rules -->"
 PAPER = {"extra_every": 20, "extra_steps": 100, "extra_beta": 0.0, "extra_gate": None, "extra_kl": None}
 OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {}),
@@ -79,7 +80,7 @@ SHOWN = "AdamW", "ExtraAdam"  # in pictures, and run by run
 COURSE = ("chain_sum", "full", 1e-6, "bf16 autocast")  # what the README shows
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few
 LEVELS = (0.75, 0.8, 0.85)  # of reward, at which entropies are compared
-EARLY = (40, 60)  # steps up to which the table has a level, besides the end
+ENDS = (40, 60, 80, 100, 150)  # steps up to which tables have a level
 
 
 @dataclass(frozen=True)
@@ -378,26 +379,30 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Means over seeds, of each seed's longest run; bold: the best of those with the same learning rate."""
+def table(rows: list[dict[str, Any]], of: Collection[str]) -> str:
+    """AdamW beside these optimizers, where one of them has run with the same settings.
+
+    Means over seeds, of each seed's longest run, by windows of steps; in brackets how many seeds got there, where not
+    all did. Bold: the best of those with the same learning rate.
+    """
     heads = ["task, tuning, completions a step, precision", "optimizer", "lr", "seeds"]
-    heads += [*(f"steps {end - WINDOW + 1}-{end}" for end in EARLY), "at the end (seeds)"]
+    heads += [f"{end - WINDOW + 1}-{end}" for end in ENDS]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     groups: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = {}
     for row in sorted(rows, key=lambda row: (where(row), row["lr"], row["settings"]["steps"])):
         groups.setdefault((where(row), row["lr"]), {}).setdefault(row["optimizer"], {})[row["seed"]] = row
     shown = None
     for (place, lr), by_name in groups.items():
-        longest = max(row["settings"]["steps"] for own in by_name.values() for row in own.values())
-        means = {n: [level(own.values(), end) for end in (*EARLY, longest)] for n, own in by_name.items()}
+        if not any(name in of for name in by_name):
+            continue
+        means = {n: [level(own.values(), end) for end in ENDS] for n, own in by_name.items() if n in (*of, "AdamW")}
         best = [max(column) for column in zip(*means.values())]
-        for name in sorted(by_name, key=list(COLOURS).index):
-            own = by_name[name].values()
-            bold = [mean == top and len(means) > 1 for mean, top in zip(means[name], best)]
-            cells = ["" if m == -math.inf else f"**{m:.3f}**" if b else f"{m:.3f}" for m, b in zip(means[name], bold)]
-            if cells[-1]:
-                seeds = sum(len(row["curve"]) >= longest for row in own)
-                cells[-1] += f" at {max(longest - WINDOW, 0) + 1}-{longest} ({seeds})"
+        for name in sorted(means, key=list(COLOURS).index):
+            own, cells = by_name[name].values(), []
+            for end, mean, top in zip(ENDS, means[name], best):
+                seeds = sum(len(row["curve"]) >= end for row in own)
+                cell = f"**{mean:.3f}**" if mean == top and len(means) > 1 else f"{mean:.3f}"
+                cells.append(cell + f" ({seeds})" * (seeds < len(own)) if seeds else "")
             first = ", ".join(map(str, place)) if place != shown else ""
             star = "*" * any("note" in row for row in own)
             lines.append(" | ".join([f"| {first}", name + star, f"{lr:g}", str(len(own)), *cells]) + " |")
@@ -438,14 +443,15 @@ def entropies(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def tables(rows: list[dict[str, Any]]) -> str:
+def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """What stands on the page after each of its marks."""
     rows = paired(rows)
-    parts = [table(rows), f"Run by run at learning rate {COURSE[2]:g}, all weights, {COURSE[3]}:", course(rows)]
-    parts += [
-        f"Entropy, in nats a token, over the {WINDOW} steps whose mean reward is the first to come to a level:",
-        entropies(rows),
-    ]
-    return "\n\n".join(parts)
+    parts = [table(rows, ("ExtraAdam",)), f"Run by run at learning rate {COURSE[2]:g}, all weights, {COURSE[3]}:"]
+    parts += [course(rows)]
+    parts += [f"Entropy, in nats a token, over the {WINDOW} steps whose mean reward is the first to come to a level:"]
+    parts += [entropies(rows)]
+    others = [name for name in COLOURS if name not in SHOWN]
+    return {BEGIN: "\n\n".join(parts), BEGIN_EARLIER: table(rows, others)}
 
 
 def report(rows: list[dict[str, Any]], path: Path, page: bool = False) -> None:
@@ -453,10 +459,10 @@ def report(rows: list[dict[str, Any]], path: Path, page: bool = False) -> None:
     picture(rows, path)
     front = [row for row in rows if (row["task"], row["tuning"], row["lr"], row["settings"]["precision"]) == COURSE]
     picture(front, path.with_stem(f"{path.stem}_front"))
-    print(table(rows))
-    if page:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{tables(rows)}\n{END}{rest.partition(END)[2]}")
+    print(table(rows, ("ExtraAdam",)))
+    for begin, made in tables(rows).items() if page else ():
+        before, _, rest = PAGE.read_text().partition(begin)
+        PAGE.write_text(f"{before}{begin}\n{made}\n{END}{rest.partition(END)[2]}")
 
 
 def main(
