@@ -63,16 +63,18 @@ OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {
     "ExtraAdam": (ExtraAdam, {}),
     "RL-Extra (20,100)": (ExtraAdam, PAPER),
 }
-# of rules before; their rows stay, but can't be made any more. Those with a fall had a trust region, for the jump alone
-# but for 0.5, which was from 1 % on, and let jumps be of any length. 0.2 and 0.8 are the present rule by other limits.
+# Of rules before; their rows stay, but can't be made any more. Those with a fall had a trust region, for the jump alone
+# but for 0.5, which was from 1 % on, and let jumps be of any length. 0.2 and 0.8 are the present rule by other limits,
+# but that, as in "from s on", no jump could be shorter than the real steps of its cycle.
 WITH_A_FALL = " (k=10)", *(f" (fall {fall})" for fall in ("0.1", "0.2", "0.3", "0.3, no g^2", "0.5", "0.8"))
 OTHER = "AdamW, another CPU"  # where ExtraAdam's machine has a run of AdamW's, too: rounding makes it another sample
-BEFORE = [f"before: ExtraAdam{of}" for of in ("", " no rollback", " (5,25)", " (start 61)", *WITH_A_FALL)]
+OTHERS = "", " no rollback", " (5,25)", " (start 61)", *WITH_A_FALL, " (from s on)"
+BEFORE = [f"before: ExtraAdam{of}" for of in OTHERS]
 COLOURS = dict(
     zip(
         [*OPTIMIZERS, OTHER, *BEFORE],
         "#64748b #0072b2 #000000 #94a3b8 #d55e00 #e69f00 #009e73 #cc79a7 #56b4e9 #882255 "
-        "#117733 #999933 #44aa99 #aa4499 #88ccee".split(),
+        "#117733 #999933 #44aa99 #aa4499 #88ccee #ddcc77".split(),
         strict=True,
     )
 )
@@ -380,7 +382,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]], of: Collection[str]) -> str:
-    """AdamW beside these optimizers, where one of them has run with the same settings.
+    """AdamW beside these optimizers, where one of them has run with the same settings and seed.
 
     Means over seeds, of each seed's longest run, by windows of steps; in brackets how many seeds got there, where not
     all did. Bold: the best of those with the same learning rate.
@@ -393,16 +395,18 @@ def table(rows: list[dict[str, Any]], of: Collection[str]) -> str:
         groups.setdefault((where(row), row["lr"]), {}).setdefault(row["optimizer"], {})[row["seed"]] = row
     shown = None
     for (place, lr), by_name in groups.items():
-        if not any(name in of for name in by_name):
+        seeds = {seed for name, own in by_name.items() if name in of for seed in own}
+        if not seeds:
             continue
+        by_name = {**by_name, "AdamW": {seed: row for seed, row in by_name["AdamW"].items() if seed in seeds}}
         means = {n: [level(own.values(), end) for end in ENDS] for n, own in by_name.items() if n in (*of, "AdamW")}
         best = [max(column) for column in zip(*means.values())]
         for name in sorted(means, key=list(COLOURS).index):
             own, cells = by_name[name].values(), []
             for end, mean, top in zip(ENDS, means[name], best):
-                seeds = sum(len(row["curve"]) >= end for row in own)
+                there = sum(len(row["curve"]) >= end for row in own)
                 cell = f"**{mean:.3f}**" if mean == top and len(means) > 1 else f"{mean:.3f}"
-                cells.append(cell + f" ({seeds})" * (seeds < len(own)) if seeds else "")
+                cells.append(cell + f" ({there})" * (there < len(own)) if there else "")
             first = ", ".join(map(str, place)) if place != shown else ""
             star = "*" * any("note" in row for row in own)
             lines.append(" | ".join([f"| {first}", name + star, f"{lr:g}", str(len(own)), *cells]) + " |")

@@ -91,10 +91,10 @@ class ExtraAdam(AdamW, CycleMixin):
     probability of 1 in 1,000: the mean KL divergence, and the mean of the largest fall of such a token's
     log-probability, since KL hardly sees what is seldom said. They are those of a whole cycle: its real steps went as
     far along the jump as :math:`s = \langle D, u \rangle / \langle u, u \rangle` steps of it, with
-    :math:`u = g V / k` over all tensors. No jump is tried that is shorter than :math:`s`, or than 20 steps where
-    :math:`s` is more: where real steps alone use half of the fall or a quarter of the KL, nothing jumps. The model is
-    found at its first training forward pass, or named by :meth:`watch`; where none can be watched, jumps are at most 20
-    steps long and a warning says so. Under ``torch.distributed`` all ranks take one decision.
+    :math:`u = g V / k` over all tensors. No jump is tried that is shorter than half of :math:`s`, or than
+    10 steps where that is less: where real steps alone use two thirds of the fall or four ninths of the KL, nothing
+    jumps. The model is found at its first training forward pass, or named by :meth:`watch`; where none can be watched,
+    jumps are at most 20 steps long and a warning says so. Under ``torch.distributed`` all ranks take one decision.
 
     ``extra_every=20, extra_steps=100, extra_beta=0.0, extra_gate=None, extra_kl=None`` is the rule of RL-Extra in
     `Linear Dynamics in the RLVR Training of LLMs`_, exactly. That equals Lookahead with :math:`\alpha = 1 + N/k`, and

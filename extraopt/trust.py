@@ -18,6 +18,7 @@ TRIALS = 3
 MARGIN = 0.95  # of the length that the last trial's fit proposes
 GROWTH = 2.0  # of the last length, up to which the next is looked for
 OPEN = 0.25  # gate from which on a length may grow
+SHORTEST = 0.5  # of the way of a cycle's real steps: shorter jumps are left out
 COUNTED = 1.0  # how much of a cycle's real steps counts towards the limits
 PLAUSIBLE = 0.001  # probability of a token from which on its fall counts
 UNWATCHED = 20.0  # steps: the longest jump where no model can be watched; the first search starts from twice of it
@@ -85,12 +86,12 @@ def search(
     The limits are those of a whole cycle, since only its real steps sample, and can correct, what has changed: these
     went as far as a jump of `real` steps. KL grows about as the square of a way and the fall in proportion to it, which
     makes a cycle's change of the measured one of its jump; from that each trial proposes the next. None is taken that
-    was not itself measured, and none shorter than `real`, or than `UNWATCHED` where that is less: so little is not
-    worth its risk, and rounding, which is as large at a short length as at a long one, would count many times.
+    was not itself measured, and none shorter than half of `real`, or of `UNWATCHED` where that is less: so little is
+    not worth its risk, and rounding, which is as large at a short length as at a long one, would count many times.
 
-    The search starts from twice the length known. Lengths grow cycle by cycle where gates are open, and fall back
-    towards `UNWATCHED` where they are shut: there any length is within the limits, and would be too long when they
-    open. Where none is within, the next search starts from the shortest.
+    The search starts from twice the length known, and at least from `real` or `UNWATCHED`. Lengths grow cycle by cycle
+    where gates are open, and fall back towards `UNWATCHED` where they are shut: there any length is within the limits,
+    and would be too long when they open.
 
     Args:
         measure: moves the weights to a length and says how far the outputs are from those at 0: mean KL, mean fall; not
@@ -101,8 +102,9 @@ def search(
         gate: how far the gates of what jumps are open, 0 to 1.
     """
     real *= COUNTED
-    shortest = min(max(real, 1.0), UNWATCHED, limits.steps)
-    tried = min(max(GROWTH * known, shortest), limits.steps)
+    start = min(max(real, 1.0), UNWATCHED, limits.steps)
+    shortest = SHORTEST * start
+    tried = min(max(GROWTH * known, start), limits.steps)
     for _ in range(TRIALS):
         kl, fall = measure(tried)
         cycle = 1 + real / tried

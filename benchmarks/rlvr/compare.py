@@ -51,7 +51,7 @@ def _hash(path: Path) -> str:
 
 SAME_RUNS = {"431b3a860325": "a1c2fe42f2bb"}  # versions of lab.py whose runs are those of an older one, bit for bit
 LAB = SAME_RUNS.get(_hash(Path(lab.__file__)), _hash(Path(lab.__file__)))
-RULE = 10  # raise it when the rule or its defaults change: then ExtraAdam's runs are made anew
+RULE = 11  # raise it when the rule or its defaults change: then ExtraAdam's runs are made anew
 
 
 def code(name: str) -> str:
@@ -130,6 +130,7 @@ ABLATIONS = (
     "ExtraAdam trust.OPEN=0",
     "ExtraAdam trust.OPEN=0.5",
     "ExtraAdam trust.GROWTH=4",
+    "ExtraAdam trust.SHORTEST=1",
     "ExtraAdam trust.PLAUSIBLE=0.01",
     "ExtraAdam extra_kl=0.005",
     "ExtraAdam extra_kl=0.05",

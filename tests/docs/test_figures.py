@@ -186,7 +186,8 @@ def curves() -> Iterator[str]:
     """Of docs/watch.md, from the two runs that it draws."""
     yield from watching()
     of = {"optimizer": "ExtraAdam", "task": "chain_sum", "tuning": "full", "seed": 0}
-    well, little = ([jump for jump in pick(result("grpo_llm"), **of, lr=lr)["jumps"] if jump[3]] for lr in (1e-6, 3e-6))
+    rows = [row for row in result("grpo_llm") if row["settings"].get("precision") == "bf16 autocast"]
+    well, little = ([jump for jump in pick(rows, **of, lr=lr)["jumps"] if jump[3]] for lr in (1e-6, 3e-6))
     lengths = [jump[3] for jump in well if jump[0] <= 40]
     yield f"jumps of {span(lengths, 0)} steps"
     longest = max(well, key=lambda jump: jump[3])
