@@ -44,8 +44,8 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        timeout = 60 * len(self.processes)
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 0) -> list[Any]:
+        timeout = timeout or 60 * len(self.processes)
         for calls in self.calls:
             # pytest may import tests/x.py as tests.x, which no other process knows
             calls.put((function.__module__.rpartition(".")[2], function.__name__, args))

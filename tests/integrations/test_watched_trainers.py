@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -225,7 +227,8 @@ def test_lightnings_ddp_is_refused_in_words_unless_told_the_model(told: bool, tm
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        # Lightning leaves MASTER_PORT and its like there, by which later trainers of this process would be ranks
+        with patch.dict(os.environ), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.fit(Module(), torch.utils.data.DataLoader([tokens(0)] * STEPS, batch_size=None))
     finally:
