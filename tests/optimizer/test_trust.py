@@ -110,6 +110,8 @@ def test_nothing_jumps_where_the_real_steps_use_the_limits_up(
     found = search(measured, known, limits, real, 1.0)
     check(found, measured, known, limits, real)
     assert found.steps == 0 and measured.count <= 2
+    measured = Measured(lambda h: (0.0, a_step * h))
+    assert search(measured, found.known, limits, real, 1.0).steps == 0 and measured.count <= 2
 
 
 @given(st.floats(1.4, 3), st.floats(0.7, 3), lengths, limits, ways)

@@ -791,10 +791,7 @@ def test_a_decoder_is_taken_for_as_long_as_its_encoder(mask: bool) -> None:
 
     optimizer = ExtraAdam(model.parameters(), **{**OPEN, "lr": 3e-4})
     watched(train(model, optimizer, inputs, loss=lambda output: -output.logits.log_softmax(-1)[..., 3].mean()))
-    optimizer._trust.watch.armed = True
-    model(**inputs(0))
-    with optimizer._trust.watch.undisturbed():
-        rows = looked_at(*optimizer._trust.watch.run(optimizer._trust.watch.positions()))
+    rows = seen_by(optimizer, model, **inputs(0))
     with torch.no_grad():
         logits = model.eval()(**inputs(0)).logits
     torch.testing.assert_close(rows, torch.cat([logits[0, :3], logits[1]]) if mask else logits.flatten(0, 1))
