@@ -102,6 +102,7 @@ def test_the_verifier_agrees_on_what_may_follow_a_number(modules: SimpleNamespac
                 assert all(task.right(i, decode([*task.answers[i], separator, t])) for t in passing[::9].tolist())
 
 
+@pytest.mark.slow
 def test_samples_have_the_policys_probabilities(modules: SimpleNamespace, small: tuple[Any, Any]) -> None:
     model, task = small
     some = dataclasses.replace(task, entries=task.entries[::9], prompts=task.prompts[::9], answers=task.answers[::9])

@@ -53,6 +53,7 @@ def small(rlvr: SimpleNamespace) -> tuple[object, object]:
     return task, rlvr.lab.pretrain(task, 0, steps=60)
 
 
+@pytest.mark.slow
 def test_exact_accuracy_is_the_frequency_of_right_samples(rlvr: SimpleNamespace, small) -> None:
     task, policy = small
     exact = policy.accuracy(task)
@@ -86,6 +87,7 @@ def test_prompts_without_an_advantage_are_left_out_without_a_change_of_gradient(
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, fewer))
 
 
+@pytest.mark.slow
 def test_every_optimizer_of_the_grid_trains_and_shows_its_weights(rlvr: SimpleNamespace, small) -> None:
     task, policy = small
     for name in sorted({run[1] for run in rlvr.compare.runs(rlvr.compare.CELLS, (0,))}):
@@ -207,6 +209,7 @@ def test_rare_answers_are_the_negative_ones_and_only_they_lose_their_sign(rlvr: 
     assert all(text(row) == answers[i].lstrip("-") for i, row in enumerate(seen) if lost[i])
 
 
+@pytest.mark.slow
 def test_accuracy_on_rare_answers_is_that_on_held_out_negative_ones(rlvr: SimpleNamespace) -> None:
     task = rlvr.rare.task(0)
     policy = rlvr.rare.pretrain(task, 0, steps=40)

@@ -94,6 +94,7 @@ def test_fsdp2_keeps_its_cycles_on_resuming(tmp_path: Path, one_process: list[Li
     assert after[4] > 0, "in the third step after the checkpoint some jump: its cycle and its estimate came along"
 
 
+@pytest.mark.slow
 def test_lightning_keeps_its_cycles_on_resuming(tmp_path: Path, one_process: list[Line]):
     if find_spec("lightning") is None:
         pytest.skip("lightning is not installed")
@@ -103,6 +104,7 @@ def test_lightning_keeps_its_cycles_on_resuming(tmp_path: Path, one_process: lis
     assert len(LINE.findall(before)) == 9 and len(LINE.findall(after)) == 11
 
 
+@pytest.mark.slow
 def test_accelerate_fsdp2_shards_and_jumps_like_one_process(tmp_path: Path, one_process: list[Line]):
     pytest.importorskip("accelerate")
     out, lines = launch(tmp_path, "fsdp2.yaml")
@@ -110,6 +112,7 @@ def test_accelerate_fsdp2_shards_and_jumps_like_one_process(tmp_path: Path, one_
     assert_like(lines, one_process, loss=0.2)
 
 
+@pytest.mark.slow
 def test_accelerate_zero2_jumps_under_deepspeed(tmp_path: Path):
     if find_spec("deepspeed") is None or find_spec("accelerate") is None:
         pytest.skip("deepspeed or accelerate is not installed")

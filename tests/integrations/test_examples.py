@@ -29,6 +29,7 @@ def test_plain_loop(tmp_path: Path):
     assert losses["ExtraAdam"] < losses["AdamW"]
 
 
+@pytest.mark.slow
 def test_hf_trainer_with_lora_resumes_and_keeps_jumping(tmp_path: Path):
     out = run(tmp_path, "hf_trainer.py")
     cycles = [(int(step), int(n)) for step, n in re.findall(r"step +(\d+): coherence .* (\d+) tensors jumped", out)]

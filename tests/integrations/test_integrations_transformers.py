@@ -542,7 +542,7 @@ def searched(folder: Path, how: str, ours: bool, hyperparameters: dict[str, Any]
     return trials
 
 
-@pytest.mark.parametrize("how", ["optuna", "arguments"])
+@pytest.mark.parametrize("how", [pytest.param("optuna", marks=pytest.mark.slow), "arguments"])
 def test_each_trial_of_a_hyperparameter_search_trains_by_its_own_hyperparameters(how: str, tmp_path: Path) -> None:
     """Without jumps all bits are AdamW's: learning rate, betas, epsilon and the decay groups of that trial's model."""
     if how == "optuna":

@@ -41,6 +41,10 @@ def around_sgd(groups: Any, **rule: Any) -> Extra:
 
 MAKERS = {"ExtraAdam": adam, "fused": fused, "Extra of AdamW": around_adamw, "Extra of SGD": around_sgd}
 every_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+TWO = "ExtraAdam", "Extra of SGD"
+two_of_the_makers = pytest.mark.parametrize(
+    "make", [pytest.param(m, id=n, marks=[] if n in TWO else [pytest.mark.slow]) for n, m in MAKERS.items()]
+)
 both_rules = pytest.mark.parametrize("rule", RULES, ids=rule_name)
 
 
@@ -155,7 +159,7 @@ def weights_and_cycles(optimizer: torch.optim.Optimizer, params: list[Parameter]
     return [[p.detach() for p in params], states]
 
 
-@every_maker
+@two_of_the_makers
 @both_rules
 @every_way
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

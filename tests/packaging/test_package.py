@@ -73,6 +73,7 @@ def test_version_is_printed(installed: Path, tmp_path: Path):
     assert re.fullmatch(r"extraopt \d+\.\d+\.\d+ \(torch \S+, triton .+\)\n", out)
 
 
+@pytest.mark.slow
 def test_public_types_are_strict(installed: Path, tmp_path: Path):
     result = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), "-p", "extraopt"],

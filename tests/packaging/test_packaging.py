@@ -97,7 +97,7 @@ def stand_in(folder: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["stand-in", "Hugging Face's"])
+@pytest.fixture(scope="module", params=["stand-in", pytest.param("Hugging Face's", marks=pytest.mark.slow)])
 def their_kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Wheels of the package named kernels."""
     folder = tmp_path_factory.mktemp("kernels")
@@ -170,6 +170,7 @@ def test_the_package_named_kernels_is_shadowed_or_overwritten(
         assert not theirs.exists()
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_gets_no_wheel(sources: Path, tmp_path: Path) -> None:
     """The C loops are optional: torch operations do the same."""
     environment = Environment(tmp_path / "env")

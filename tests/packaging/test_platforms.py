@@ -12,6 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 from test_packaging import Environment, build_wheel, sources  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +97,7 @@ def test_without_triton_and_c_all_modules_import_and_the_weights_are_the_same(tm
     assert hidden[:2] == plain[:2]
 
 
+@pytest.mark.slow
 def test_the_wheel_for_all_platforms_carries_no_machine_code(sources: Path, tmp_path: Path) -> None:  # noqa: F811
     wheel = build_wheel(sources, tmp_path, EXTRAOPT_PURE="1")
     assert wheel.name.endswith("-py3-none-any.whl")

@@ -305,6 +305,7 @@ def test_bfloat16_checkpoints_are_read_as_they_are_stored(tmp_path: Path):
     assert line["r2_median"] == pytest.approx(float(r2), abs=1 / of_paths.BINS)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoints(tmp_path: Path):
     """Peak memory above the bare process, of 8 checkpoints of 32 MB each, all weights: a few chunks, not 256 MB."""
     big = torch.randn(4096, 2048)
