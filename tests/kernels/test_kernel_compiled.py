@@ -49,6 +49,7 @@ def compiled(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_variant_compiles_to_lean_code(compiled, target):
     if "missing" in compiled[target]:

@@ -74,7 +74,9 @@ def test_torch_has_a_scheduler_that_is_not_tried() -> None:
     assert found - {"LRScheduler", "_LRScheduler"} == set(SCHEDULERS)
 
 
-@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    "lr", [0.01, pytest.param(torch.tensor(0.01), marks=pytest.mark.slow)], ids=["number", "tensor"]
+)
 @pytest.mark.parametrize("rule", RULES, ids=rule_name)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduled_run_counts_other_steps_or_resumes_with_another_path(

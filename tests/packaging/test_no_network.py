@@ -119,6 +119,7 @@ def test_importing_or_training_asks_the_network(offline, code: str) -> None:
         assert {f"extraopt.{name}" for name in wanted} <= found and "extraopt.kernels.foreach" in found
 
 
+@pytest.mark.slow
 def test_the_command_line_asks_the_network_about_local_checkpoints(offline, tmp_path: Path) -> None:
     folders = run_of(tmp_path / "run", "llama", count=3)
     out = tmp_path / "out"

@@ -308,7 +308,8 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs of Linux")
-@pytest.mark.parametrize("kind", ["safetensors", pytest.param("bin", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, kind: str):
     grown, largest = {}, 0
     for layers in (1, 24):

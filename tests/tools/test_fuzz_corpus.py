@@ -183,6 +183,7 @@ EXHAUSTING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EXHAUSTING)
 def test_a_log_takes_memory_or_time_without_end(kind: str, tmp_path: Path):
     made, says = EXHAUSTING[kind]

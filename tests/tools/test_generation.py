@@ -93,7 +93,8 @@ def test_the_list_of_generation_defaults_is_transformers_own():
     assert set(KEYS) <= DEFAULTS.keys()
 
 
-@pytest.mark.parametrize("beams", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("beams", [1, 3])
 def test_no_generation_default_but_the_stop_tokens_changes_an_answer(folders: tuple[Path, Path], beams: int):
     earlier, later = folders
     expected = answers(later, earlier, num_beams=beams)
