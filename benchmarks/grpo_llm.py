@@ -90,7 +90,7 @@ class Preset:
     """A model and how it is trained.
 
     Attributes:
-        tasks: name of each task; options where it is one of reasoning-gym's; tokens of its longest completion;
+        tasks: name of each task, of reasoning-gym's up to a comma; options of these; tokens of its longest completion;
             whether it is put in the model's chat format, or left for it to write on.
         lrs: learning rates by tuning; AdamW and the default run at all, others at the first.
         prompts, group: questions in an optimizer step, and completions to each.
@@ -110,9 +110,14 @@ class Preset:
 
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+THREE_TERMS = ONE_DIGIT | {"min_terms": 3, "max_terms": 3}
 PRESETS = {
     "smollm2": Preset(
-        demo.BUNDLED, {"chain_sum": (ONE_DIGIT, 4, False), "syllogism": ({}, 2, True)},
+        demo.BUNDLED,
+        {
+            "chain_sum": (ONE_DIGIT, 4, False), "chain_sum, three terms": (THREE_TERMS, 4, False),
+            "syllogism": ({}, 2, True),
+        },
         {"LoRA": (1e-4, 3e-4), "full": (3e-6, 1e-6, 1e-5)}, steps=60, prompts=8, group=4, micro_batch=32,
     ),
     "qwen": Preset(
@@ -190,7 +195,7 @@ def load(preset: Preset, task: str, seed: int) -> tuple[list[dict[str, Any]], An
     if "/" in task:
         rows, score = demo.load_task(task, seed)
     else:
-        made = reasoning_gym.create_dataset(task, size=2000, seed=seed, **options)
+        made = reasoning_gym.create_dataset(task.partition(",")[0], size=2000, seed=seed, **options)
         rows = [{"prompt": entry["question"], "truth": i} for i, entry in enumerate(made)]
         score = lambda text, i: float(made.score_answer(text.strip(), made[i]))  # noqa: E731
     if chat:

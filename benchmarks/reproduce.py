@@ -5,8 +5,9 @@
     python benchmarks/reproduce.py --page           # only the tables of docs/paper.md and its picture
 
 The run is the row of grpo_llm.json with AdamW, learning rate 1e-6, all weights, float32, seed 0: SmolLM2-135M, GRPO,
-one-digit sums. Its weights are kept every 10 steps (9 GB in --work). Each stage writes its part of
-benchmarks/results/reproduce.json when it ends and is not repeated; to make one again, delete its part.
+one-digit sums; beside it stand ExtraAdam's and a LoRA adapter's. Weights are kept every 10 steps (9 GB in --work). Each
+stage writes its part of benchmarks/results/reproduce.json when it ends and is not repeated; to make one again, delete
+its part.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ from extraopt.tools.checkpoints.linearity import linearity as measure_weights  #
 from extraopt.tools.checkpoints.tokens import token_linearity  # noqa: E402
 from extraopt.tools.decoding import LogitsExtrapolation, extrapolate  # noqa: E402
 
+RUNS = {  # optimizer, tuning, learning rate
+    "AdamW": ("AdamW", "full", 1e-6),
+    "ExtraAdam": ("ExtraAdam", "full", 1e-6),
+    "LoRA": ("AdamW", "LoRA", 1e-4),
+}
 EVERY = 10  # steps between checkpoints
 SECONDS = (30, 50)  # the second checkpoint of an extrapolation; the first is the model before training
 TARGETS = {30: (40, 60, 80, 100, 120, 150, 200, 300), 50: (60, 80, 100, 120, 150, 200, 250, 350)}
@@ -133,15 +139,15 @@ class Stages:
 
     # --- runs -------------------------------------------------------------------------------------------------------
 
-    def train(self, optimizer: str, steps: int, more: list[TrainerCallback]) -> Json:
-        """A run as grpo_llm.py makes it, with its weights kept; cut off, it resumes."""
-        folder = self.work / optimizer
-        made = json.loads((folder / "row.json").read_text()) if self.done(optimizer) else None
+    def train(self, name: str, steps: int, more: list[TrainerCallback]) -> Json:
+        """One of `RUNS` as grpo_llm.py makes it, with its weights kept; cut off, it resumes."""
+        folder, (optimizer, tuning, lr) = self.work / name, RUNS[name]
+        made = json.loads((folder / "row.json").read_text()) if self.done(name) else None
         if made is None or made["settings"]["steps"] != steps:
             preset = replace(grpo_llm.PRESETS["smollm2"], steps=steps)
             settings = {"model": preset.model, "steps": steps, "completions": 32, "precision": "fp32"}
             run = {"optimizer": optimizer, "settings": settings, "task": "chain_sum", "algorithm": "GRPO"}
-            run |= {"tuning": "full", "lr": 1e-6, "seed": 0}
+            run |= {"tuning": tuning, "lr": lr, "seed": 0}
             more = [*more, SaveWeights(folder, EVERY, torch.float32)]
             made = grpo_llm.train(preset, run, folder / "trainer", self.progress, more) | {
                 "machine": grpo_llm.machine()
@@ -176,8 +182,8 @@ class Stages:
             self._task = scoring.load_task(AutoTokenizer.from_pretrained(self.path_of_model))
         return self._task
 
-    def checkpoint(self, step: int, optimizer: str = "AdamW") -> Path:
-        return self.work / optimizer / f"checkpoint-{step}"
+    def checkpoint(self, step: int, run: str = "AdamW") -> Path:
+        return self.work / run / f"checkpoint-{step}"
 
     def load(self, folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -207,26 +213,29 @@ class Stages:
     def along(self, what: str, items: list[Any]) -> Iterator[Any]:
         yield from self.progress.track(items, description=what)
 
-    def path(self) -> list[Json]:
+    def path(self, run: str = "AdamW") -> list[Json]:
         """The trained run itself, at each of its checkpoints."""
         steps = list(range(0, 151, EVERY))
         return [
-            {"step": s, **self.told(self.score(self.checkpoint(s)))} for s in self.along("trained checkpoints", steps)
+            {"step": s, **self.told(self.score(self.checkpoint(s, run)))}
+            for s in self.along("trained checkpoints", steps)
         ]
 
-    def weights(self) -> list[Json]:
+    def weights(self, run: str = "AdamW") -> list[Json]:
         """`extraopt extrapolate A B --to`, from the model before training and each early checkpoint."""
         wanted = [(second, target) for second in SECONDS for target in (second, *TARGETS[second])]
         found: dict[tuple[int, int], Json] = {}
         for second, target in self.along("weight extrapolation", wanted):
-            folder = self.checkpoint(second) if target == second else self.work / f"from-{second}-to-{target}"
+            folder = self.checkpoint(second, run)
+            if target > second:
+                folder = self.work / run / f"from-{second}-to-{target}"
             if target > second and not self.known(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                carry_on([self.checkpoint(0), self.checkpoint(second)], folder, to=target)
+                carry_on([self.checkpoint(0, run), self.checkpoint(second, run)], folder, to=target)
             found[second, target] = self.score(folder)
             if target > second:
                 shutil.rmtree(folder, ignore_errors=True)  # half a gigabyte
-        last = self.score(self.checkpoint(150))
+        last = self.score(self.checkpoint(150, run))
         return [
             {"second": second, "target": target, "alpha": target / second - 1, **self.told(score, last)}
             for (second, target), score in found.items()
@@ -289,19 +298,24 @@ class Stages:
             rows.append(row)
         return rows
 
-    def done(self, optimizer: str) -> bool:
-        return (self.work / optimizer / "row.json").exists()
+    def lora(self) -> Json:
+        """The run with a LoRA adapter: its path, its updates extrapolated, and how straight its factors are."""
+        row = self.train("LoRA", 150, [])
+        return {**row, "path": self.path("LoRA"), "weights": self.weights("LoRA"), "linearity": self.linearity("LoRA")}
+
+    def done(self, run: str) -> bool:
+        return (self.work / run / "row.json").exists()
 
     # --- linearity --------------------------------------------------------------------------------------------------
 
-    def checkpoints(self) -> list[tuple[int, Path]]:
-        return [(step, self.checkpoint(step)) for step in range(0, 151, EVERY)]
+    def checkpoints(self, run: str = "AdamW") -> list[tuple[int, Path]]:
+        return [(step, self.checkpoint(step, run)) for step in range(0, 151, EVERY)]
 
-    def linearity(self) -> Json:
+    def linearity(self, run: str = "AdamW") -> Json:
         """`extraopt linearity`: weights."""
         bar = self.progress.add_task("linearity of weights", total=None)
         report = measure_weights(
-            self.checkpoints(), progress=lambda done, of: self.progress.update(bar, completed=done, total=of)
+            self.checkpoints(run), progress=lambda done, of: self.progress.update(bar, completed=done, total=of)
         )
         kept = {name: report[name] for name in ("steps", "sample", "filter", "total", "advice", "verdict")}
         return kept | {"types": {name: of["r2_median"] for name, of in report["types"].items()}}
@@ -330,7 +344,7 @@ class Stages:
         return budgets.every(HERE / "results")
 
 
-STAGES = ("reference", "budgets", "path", "weights", "logits", "cooled", "linearity", "tokens", "extra", "passes")
+STAGES = tuple("reference budgets path weights logits cooled linearity tokens lora extra passes".split())
 ALWAYS = ("budgets",)  # a minute, and the rows that they are made from change
 
 

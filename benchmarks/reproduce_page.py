@@ -138,6 +138,21 @@ def linear(results: Json) -> str:
     return grid(["", "here", "noise, measured alike", "paper"], lines)
 
 
+def lora(results: Json) -> str:
+    """The run with a LoRA adapter: how straight its factors are, and its updates extrapolated."""
+    of = results["lora"]["linearity"]["total"]
+    lines = [
+        ["factors: median R^2", f"{of['r2_median']:.2f}", f"{of['null_median']:.2f}"],
+        ["factors: share above 0.7", f"{100 * of['r2_above']:.0f} %", f"{100 * of['null_above']:.0f} %"],
+        [
+            "factors: share that passes the paper's filter",
+            f"{100 * of['kept']:.1f} %",
+            f"{100 * of['null_kept']:.1f} %",
+        ],
+    ]
+    return grid(["", "here", "noise, measured alike"], lines) + "\n\n" + extrapolated(results["lora"])
+
+
 def words(results: Json) -> str:
     """The words of sampled completions that moved most, of those said five times at least."""
     named = {"\n": "line break", "\n\n": "two line breaks", " ": "space", "<|im_end|>": "end of text"}
@@ -297,6 +312,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[Json], str]]] = {
     "summary": (("linearity", "tokens", "path", "weights", "logits", "budgets"), summary),
     "linearity": (("linearity", "tokens"), linear),
     "words": (("tokens",), words),
+    "lora": (("lora",), lora),
     "weights": (("path", "weights"), extrapolated),
     "logits": (("logits",), logits),
     "cooled": (("logits", "cooled"), cooled),
