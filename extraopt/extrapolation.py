@@ -99,7 +99,7 @@ class Outcome:
     reset: list[int]
 
 
-Choose = Callable[[Callable[[float], None], Reach], Length]
+Choose = Callable[[Callable[[float], None], Reach], Length | None]
 
 
 def _tabulated(batches: Sequence[CycleBatch], tables: list[TensorLists]) -> list[TensorLists]:
@@ -118,12 +118,12 @@ class _Jump:
         self.batch, self.lists, self.sums = batch, lists, sums
         self.longest = min(longest, batch.horizon) if batch.limited else float(batch.horizon)
         self.finite = gates.finite(sums)
-        cov, var = torch.tensor(batch.noise, dtype=torch.float64).view(-1, 2).unbind(1)
-        may = self.finite & (torch.tensor(batch.steps) >= batch.start) & (batch.horizon > 0)
+        cov, var = torch.tensor(batch.noise, dtype=torch.float64, device="cpu").view(-1, 2).unbind(1)
+        may = self.finite & (torch.tensor(batch.steps, device="cpu") >= batch.start) & (batch.horizon > 0)
         if batch.gate is not None:
             may &= ~gates.without_estimate(sums)
         self.opens = gates.openness(gates.coherence(sums), batch.gate, gates.noise_floor(cov, var))
-        self.weights = gates.plain_weights(torch.tensor(batch.seen), batch.beta)
+        self.weights = gates.plain_weights(torch.tensor(batch.seen, device="cpu"), batch.beta)
         if batch.gate is not None:
             self.weights = torch.maximum(self.weights, (gates.NEWEST * self.opens.square()).where(may, 0.0))
         self.norms = gates.averaged_norm(sums, self.weights)
@@ -167,7 +167,8 @@ class _Jump:
             self.lists = _lists(self.landed, anchors, estimates)
         if estimates is not None:
             self.lists.retreat_(self.retreats[self.finite], self.weights[self.finite])
-        noise = torch.stack(self.noise, 1).where(self.finite[:, None], torch.tensor(batch.noise, dtype=torch.float64))
+        before = torch.tensor(batch.noise, dtype=torch.float64, device="cpu")
+        noise = torch.stack(self.noise, 1).where(self.finite[:, None], before)
         noise[reset] = 0.0
         return Outcome(list(map(tuple, noise.tolist())), reset)
 
@@ -191,7 +192,7 @@ class _Jump:
 
 
 def _together(jumps: Sequence[_Jump]) -> Reach:
-    return Reach(*(sum(each) for each in zip(*(astuple(jump.reach) for jump in jumps))))
+    return Reach(*(sum(each) for each in zip((0.0,) * 4, *(astuple(jump.reach) for jump in jumps))))
 
 
 def _lists(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> TensorLists:
@@ -214,7 +215,8 @@ def end_cycle(
         tables: what this function left there when it was last called, or empty; written in place.
         longest: no length is tried beyond it, but for batches that are not limited.
         choose: says how far to jump, given a function that moves the weights to a length, any number of times, and the
-            reach of what is moved. Asked only where a limited tensor is to jump.
+            reach of what is moved. Asked wherever a batch is limited, also if none of its tensors may jump: those of
+            another rank may. None: nothing jumps anywhere.
 
     Returns:
         What was done; the length chosen, None where none was; what became of each batch.
@@ -228,17 +230,17 @@ def end_cycle(
 
     jumps = [_Jump(batch, own, sums, longest) for batch, own, sums in zip(batches, tables, all_sums)]
     outcomes = [jump.end_cycle() for jump in jumps]
-    limited = [jump for jump in jumps if jump.batch.limited and bool(jump.opens.any())]
+    opened = [jump for jump in jumps if jump.batch.limited and bool(jump.opens.any())]
     for jump in jumps:
-        if jump not in limited:
+        if jump not in opened:
             jump.move(0.0 if jump.batch.limited else math.inf)
 
     def move(length: float) -> None:
-        for jump in limited:
+        for jump in opened:
             jump.move(length)
 
     try:
-        chosen = choose(move, _together(limited)) if limited else None
+        chosen = choose(move, _together(opened)) if any(batch.limited for batch in batches) else None
     except BaseException:
         move(0.0)
         raise

@@ -93,16 +93,16 @@ def plain_noise(every: float, beta: float, momentum: float, seen: int) -> tuple[
     first = min(seen, int(1 / (1 - beta)))  # drifts of which the estimate is the plain mean: here first their sum
     noise = torch.linalg.matrix_power(_affine([fade, 0, neighbours], [2, 1, 1]), first)[:2, 2]
     drifts = float(max(first, 1))
-    noise /= torch.tensor([drifts, drifts**2])
+    noise /= torch.tensor([drifts, drifts**2], device="cpu")
     weight = 1 - beta
     average = _affine([beta * fade, 0, weight * neighbours], [2 * weight * beta, beta**2, weight**2])
-    cov, var = (torch.linalg.matrix_power(average, seen - first) @ torch.cat([noise, torch.ones(1)]))[:2]
+    cov, var = (torch.linalg.matrix_power(average, seen - first) @ torch.cat([noise, torch.ones(1, device="cpu")]))[:2]
     return cov.view(1), var.view(1)
 
 
 def _affine(cov: list[float], var: list[float]) -> Tensor:
     """The map of (cov, var, 1), float64 [3, 3], that has these rows."""
-    return torch.tensor([cov, var, [0, 0, 1]], dtype=torch.float64)
+    return torch.tensor([cov, var, [0, 0, 1]], dtype=torch.float64, device="cpu")
 
 
 def openness(cosines: Tensor, gate: float | None, floor: Tensor) -> Tensor:
@@ -152,5 +152,5 @@ def overflows(sums: Tensor, jumps: Tensor, dtypes: list[torch.dtype]) -> Tensor:
     No element of a sum is larger than the sum of the norms.
     """
     largest = {dtype: torch.finfo(dtype).max for dtype in set(dtypes)}
-    limits = torch.tensor([largest[dtype] for dtype in dtypes], dtype=torch.float64)
+    limits = torch.tensor([largest[dtype] for dtype in dtypes], dtype=torch.float64, device="cpu")
     return sums[:, 3].sqrt() + jumps > limits

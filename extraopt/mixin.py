@@ -136,8 +136,9 @@ class CycleMixin:
                 then short.
         """
         self._trust.process_group, self._trust.quietly = process_group, False
+        self._trust.watch.own = lambda: {id(p) for group in self.param_groups for p in group["params"]}
         if model is None:
-            self._trust.watch.find(lambda: {id(p) for group in self.param_groups for p in group["params"]}, logits)
+            self._trust.watch.find(logits)
         else:
             self._trust.watch.attach(model, logits)
 
@@ -309,7 +310,7 @@ class CycleMixin:
             min(group["extra_fall"] for group in groups),
         )
 
-        def choose(move: Callable[[float], None], reach: Reach) -> Length:
+        def choose(move: Callable[[float], None], reach: Reach) -> Length | None:
             return self._trust.choose(move, reach, params, known, limits, searching)
 
         with self._moving(params):

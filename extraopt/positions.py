@@ -35,6 +35,10 @@ class Positions:
         self._logits = logits
         config = getattr(model, "config", None)
         self._decodes = bool(getattr(config, "is_encoder_decoder", False))
+        # virtual tokens come first, in a prompt that it makes: it is for it alone to say which logits lie behind them
+        self._prompted = bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+        self._classes = getattr(config, "num_labels", None)
+        self._given: tuple[int, ...] | None = None  # shape of its tokens
         self._beside = self._decodes or getattr(model, "loss_type", None) in ("ForMaskedLM", "ForTokenClassification")
         self._uses_cache = getattr(config, "use_cache", None) is not None
         self._accepts = _accepted(model)
@@ -57,6 +61,8 @@ class Positions:
         if ids is None and arguments and isinstance(arguments[0], Tensor) and not arguments[0].is_floating_point():
             ids = None if self._decodes else arguments[0]
         self._tokens = ids is not None
+        if ids is not None:
+            self._given = tuple(ids.shape[:2])
         labels, mask = named.get("labels"), named.get(f"{side}attention_mask")
         if isinstance(labels, Tensor) and labels.dim() == 2:
             valid = labels != -100
@@ -94,7 +100,8 @@ class Positions:
         if self._uses_cache and ("use_cache" in kept or self._accepts("use_cache")):
             kept["use_cache"] = False
         # with labels it makes a loss, which takes logits of all of them
-        self._cut = self._columns is not None and "labels" not in kept and self._accepts("logits_to_keep")
+        able = self._columns is not None and "labels" not in kept and not self._prompted
+        self._cut = able and self._accepts("logits_to_keep")
         if self._columns is not None:
             kept.pop("logits_to_keep", None)
         if self._cut:
@@ -112,6 +119,11 @@ class Positions:
         logits: Any = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             raise Unusable("its output has no `.logits`: give watch(model, logits=...) a function that makes them")
+        if logits.dim() < 2 or (tuple(logits.shape) == self._given and logits.shape[1] != self._classes):
+            raise Unusable(
+                f"`.logits` of its output, of shape {tuple(logits.shape)}, are one number for each sample or token, "
+                "which is no distribution: give watch(model, logits=...) a function that makes logits of the output"
+            )
         if logits.dim() > 3:
             raise Unusable(
                 f"`.logits` of its output have {logits.dim()} dimensions, of which any may be that of the classes: "

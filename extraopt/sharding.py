@@ -45,7 +45,7 @@ def sum_over_shards(sums: Tensor, params: Sequence[Any]) -> Tensor:
             meshes.setdefault(p.device_mesh, []).append(i)
     for mesh, indices in meshes.items():
         for dim in range(mesh.ndim):
-            split = torch.tensor([not params[i].placements[dim].is_replicate() for i in indices])
+            split = torch.tensor([not params[i].placements[dim].is_replicate() for i in indices], device="cpu")
             if mesh.size(dim) == 1 or not split.any():
                 continue
             total = sums[indices].to(mesh.device_type)

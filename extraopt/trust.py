@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,8 +189,10 @@ class TrustRegion:
         known: float,
         limits: Limits,
         searching: bool,
-    ) -> Length:
-        """The longest jump within the limits.
+    ) -> Length | None:
+        """The longest jump within the limits; None where nothing may jump, here or on another rank.
+
+        Where several optimizers move parameters of one model, the limits hold for all of their jumps together.
 
         Args:
             move: writes the weights of a length, any number of times; called for those that are tried.
@@ -202,16 +205,29 @@ class TrustRegion:
         """
         unwatched = Length(min(UNWATCHED, limits.steps), known)
         unmeasured = Length(min(unwatched.steps, known), known)
+        opened = reach.gated_sq > 0
+        if not opened and not _distributed():
+            return None
         if self.quietly:
             return unwatched
         try:
             blind = self.watch.refused or (None if self.watch.holds(params) else self._not_found())
             try:
+                if self.process_group is None and self.watch.partial:
+                    raise Unusable(
+                        "the optimizer has only some of the parameters that DistributedDataParallel trains, and each "
+                        "rank may have others, as under ZeroRedundancyOptimizer: where all ranks have the same ones, "
+                        "say so by watch(model, process_group=...)"
+                    )
                 ranks = Ranks(self.watch, params, self.process_group)
             except Unusable as reason:
+                if not opened:
+                    return None
                 raise Unusable(blind or reason) from None
             of_rank = reach.along, reach.step_sq, reach.gated_sq, reach.drift_sq
             missing, unusable, *of_all = ranks.sum(not (searching and self.watch.captured), blind is not None, *of_rank)
+            if not Reach(*of_all).gated_sq:
+                return None
             if unusable:
                 raise Unusable(blind or "another rank that trains it has no model that can be watched")
             if missing:
@@ -224,6 +240,8 @@ class TrustRegion:
                         "training, tell the optimizer by watch(model).",
                     )
                 return unmeasured
+            share = self.watch.sharers()  # KL grows as the square of what all of them move together
+            limits = Limits(limits.steps, limits.kl / share**2, limits.fall / share)
             return self._search(move, Reach(*of_all), ranks, known, limits)
         except Unusable as reason:
             self._warn(
@@ -247,7 +265,7 @@ class TrustRegion:
         def attempt(length: float) -> Tensor:
             """The sums of `Outputs.compare`; NaN where the model failed."""
             move(length)
-            sums = torch.zeros(6, dtype=torch.float64)
+            sums = torch.zeros(6, dtype=torch.float64, device="cpu")
             if failures:
                 return sums.fill_(math.nan)
             try:
@@ -263,7 +281,7 @@ class TrustRegion:
                 if together:
                     watch.refused = str(error) if isinstance(error, Unusable) else None
                     raise
-                failures.append(error)
+                failures.append(error.with_traceback(None))  # its frames hold what the model has computed
                 sums.fill_(math.nan)
             return sums
 
@@ -274,7 +292,13 @@ class TrustRegion:
             return _means(sums)
 
         try:
-            with watch.undisturbed():
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(watch.undisturbed())
+                except Exception as failure:  # no memory for a copy of its buffers
+                    if together:
+                        raise
+                    failures.append(failure.with_traceback(None))
                 attempt(0.0)
                 length = search(measure, known, limits, reach.real, reach.gate)
         except BaseException:
@@ -311,6 +335,10 @@ class TrustRegion:
             warnings.warn(f"extraopt: {text}", RuntimeWarning, stacklevel=4)
 
 
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 class Ranks:
     """The ranks that jump together, so that all take one decision.
 
@@ -321,13 +349,15 @@ class Ranks:
     def __init__(self, watch: Watch, params: Sequence[Any], process_group: Any) -> None:
         self._groups: list[Any] = []
         self._device: torch.device = next((p.device for p in params), torch.device("cpu"))
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        if not _distributed():
             return
-        mesh = next((p.device_mesh for p in params if hasattr(p, "device_mesh")), None)
+        meshes = [p.device_mesh for p in params if hasattr(p, "device_mesh")]
+        mesh = max(meshes, key=lambda mesh: int(mesh.ndim), default=None)  # some parameters may lie on a part of it
         if process_group is not None or watch.group is not None:
             self._groups = [process_group if process_group is not None else watch.group]
         elif mesh is not None:
             self._groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+            self._device = torch.device(mesh.device_type)  # not where weights are offloaded to
         elif torch.distributed.get_world_size() > 1:
             raise Unusable(
                 "torch.distributed runs, and which of its ranks train this model is not known: give "
@@ -336,7 +366,7 @@ class Ranks:
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the ranks; at least three are returned."""
-        numbers = torch.tensor([*map(float, values), *[0.0] * (3 - len(values))], dtype=torch.float64)
+        numbers = torch.tensor([*map(float, values), *[0.0] * (3 - len(values))], dtype=torch.float64, device="cpu")
         if self._groups:
             numbers = numbers.to(self._device)
             for group in self._groups:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import random
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,7 +76,7 @@ def _map(what: Callable[[Tensor], Any], value: Any) -> Any:
 def _like(value: Any, made: dict[Any, Any]) -> Any:
     try:
         return type(value)(made)
-    except TypeError:
+    except Exception:  # a class of the user's own, which may be made of anything
         return made
 
 
@@ -134,6 +137,9 @@ class _Call:
     forward: Any
 
 
+_WATCHES: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Watch]] = weakref.WeakKeyDictionary()
+
+
 class Watch:
     """Remembers the inputs of a training forward pass in the last step of a cycle, and runs the model on them again.
 
@@ -141,19 +147,21 @@ class Watch:
         model: what is called again; None as long as it was not found.
         group: process group of the DDP around it.
         refused: why nothing can be watched, or None.
+        own: says the ids of the optimizer's parameters.
     """
 
     def __init__(self) -> None:
         self._armed = True
+        self.own: Callable[[], set[int]] = set
         self.model: nn.Module | None = None
         self.group: Any = None
         self.refused: str | None = None
         self._logits: Callable[[Any], Tensor] | None = None
         self._hooks: list[_Hook] = []
-        self._own: Callable[[], set[int]] = set
-        self._sought = set[int]()  # what it returned
+        self._sought = set[int]()  # what `own` returned
         self._first = -1  # id of the hook that remembers the call by which a model was found
-        self._rng: dict[torch.device | None, Tensor] = {}
+        self._rng: list[tuple[Callable[[Any], Any], Any]] = []
+        self._attributes: list[tuple[dict[str, Any], dict[str, tuple[Any, Any]]]] = []
         self._captured: _Call | None = None
 
     @property
@@ -191,13 +199,14 @@ class Watch:
         except Unusable as reason:
             self.refused = str(reason)
             return
+        _WATCHES.setdefault(self.model, weakref.WeakSet()).add(self)
         register = partial(self.model.register_forward_pre_hook, prepend=True, with_kwargs=True)
         self._hooks.append(_Hook(self._remember, register))
 
-    def find(self, own: Callable[[], set[int]], logits: Callable[[Any], Tensor] | None) -> None:
-        """Watch the outermost module that is called for training and has most of the parameters with these ids."""
+    def find(self, logits: Callable[[Any], Tensor] | None) -> None:
+        """Watch the outermost module that is called for training and has most of the optimizer's parameters."""
         self.detach()
-        self._own, self._logits, self._sought = own, logits, set()
+        self._logits, self._sought = logits, set()
         self._hooks += [_Hook(act, register_module_forward_pre_hook) for act in (self._look, self._remember_first)]
         self._first = self._hooks[-1].handle.id
 
@@ -209,9 +218,23 @@ class Watch:
         own = set(map(id, self.model.parameters()))
         return any(id(p) in own for p in params)
 
+    @property
+    def partial(self) -> bool:
+        """Whether DDP is around the model and trains parameters that the optimizer does not have."""
+        if self.model is None or self.group is None:
+            return False
+        own = self.own()
+        return any(p.requires_grad and id(p) not in own for p in self.model.parameters())
+
+    def sharers(self) -> int:
+        """How many optimizers watch this model, each with parameters of its own; this one is the first."""
+        own = self.own()
+        watches = () if self.model is None else _WATCHES.get(self.model, ())
+        return 1 + sum(watch is not self and own.isdisjoint(watch.own()) for watch in list(watches))
+
     def _has_most(self, module: nn.Module) -> bool:
         # asked for each call of each module of the process, as long as this one's model was not called
-        self._sought = self._sought or self._own()
+        self._sought = self._sought or self.own()
         return 2 * sum(id(p) in self._sought for p in module.parameters()) > len(self._sought)
 
     def detach(self) -> None:
@@ -219,6 +242,8 @@ class Watch:
         for hook in self._hooks:
             hook.handle.remove()
         self._hooks.clear()
+        if self.model is not None:
+            _WATCHES.get(self.model, weakref.WeakSet()).discard(self)
         self.model = self.group = self.refused = None
         self.release()
 
@@ -295,20 +320,24 @@ class Watch:
                 stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
             torch.clear_autocast_cache()  # else a model under autocast would compute with the weights of the run before
             _set_rng(self._rng)  # noise that a model draws is the same in each run
+            _put_back(self._attributes)  # and so is what it keeps from one call for the next
             # modules that cache what they made of their weights in eval mode let go of it when training begins
-            self.model.train()
-            self.model.eval()
+            _train(self.model)
+            _train(self.model, False)
             try:
                 output = self.model(*arguments, **positions.named(named))
                 return positions.rows(output)
             finally:
                 torch.clear_autocast_cache()
-                self.model.train()  # those that merge weights in eval mode part them by the weights they merged
+                _train(self.model)  # those that merge weights in eval mode part them by the weights they merged
                 _reshard(self.model)
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """In eval mode, without gradients; afterwards modes, buffers and random states are as before, bit for bit."""
+        """In eval mode, without gradients; afterwards all but the weights is as before, bit for bit.
+
+        That is modes, buffers, random states and the attributes of modules, with what is in lists, dicts and sets.
+        """
         assert self.model is not None
         modes = [(module, module.training) for module in self.model.modules()]
         buffers = [
@@ -316,15 +345,18 @@ class Watch:
             for module in self.model.modules()
             for name, b in module._buffers.items()
         ]
-        with torch.no_grad(), _eagerly():
+        self._attributes = _attributes(self.model)
+        with torch.no_grad(), _eagerly(self.model):
             self._rng = _rng({p.device for p in self.model.parameters() if p.is_cuda})
             try:
                 yield
-                self.model.train()
+                _train(self.model)
             except BaseException:
                 _reset(self.model)
                 raise
             finally:
+                _put_back(self._attributes)
+                self._attributes = []
                 for module, mode in modes:
                     module.training = mode
                 for module, name, b, version, before in buffers:
@@ -350,18 +382,71 @@ def _version(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
-def _rng(devices: Iterable[torch.device]) -> dict[torch.device | None, Tensor]:
-    return {None: torch.get_rng_state(), **{device: torch.cuda.get_rng_state(device) for device in devices}}
+def _rng(devices: Iterable[torch.device]) -> list[tuple[Callable[[Any], Any], Any]]:
+    """Random states, each with what sets it again."""
+    states: list[tuple[Callable[[Any], Any], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+    ]
+    if (numpy := getattr(sys.modules.get("numpy"), "random", None)) is not None:
+        states.append((numpy.set_state, numpy.get_state()))
+    return states + [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in devices]
 
 
-def _set_rng(states: Mapping[torch.device | None, Tensor]) -> None:
-    for device, state in states.items():
-        torch.set_rng_state(state) if device is None else torch.cuda.set_rng_state(state, device)
+def _set_rng(states: Iterable[tuple[Callable[[Any], Any], Any]]) -> None:
+    for put, state in states:
+        put(state)
 
 
-def _eagerly() -> contextlib.AbstractContextManager[Any]:
-    """Compiled parts run as they were written: no graph is made for two passes in a cycle."""
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+_TORCHS = set(vars(nn.Module()))  # attributes that torch gives a module
+
+
+def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, tuple[Any, Any]]]]:
+    """Of each module its attributes, and what they are now: with a copy of each list, dict and set."""
+    return [
+        (vars(module), {name: (x, _copied(x)) for name, x in vars(module).items() if name not in _TORCHS})
+        for module in model.modules()
+    ]
+
+
+def _copied(x: Any) -> Any:
+    return type(x)(x) if type(x) in (list, dict, set) else None
+
+
+def _put_back(attributes: Iterable[tuple[dict[str, Any], dict[str, tuple[Any, Any]]]]) -> None:
+    for now, before in attributes:
+        for name in now.keys() - before.keys() - _TORCHS:
+            del now[name]
+        for name, (x, copy) in before.items():
+            if copy is not None and not _same(x, copy):
+                x.clear()
+                x.extend(copy) if type(x) is list else x.update(copy)
+            if name not in now or now[name] is not x:
+                now[name] = x
+
+
+def _same(x: Any, copy: Any) -> bool:
+    """Whether two lists, dicts or sets hold the very same objects, in the same order."""
+    if len(x) != len(copy):
+        return False
+    if isinstance(x, dict) and not all(a is b for a, b in zip(x.values(), copy.values())):
+        return False
+    return all(a is b for a, b in zip(x, copy))
+
+
+def _train(model: nn.Module, mode: bool = True) -> None:
+    """Switch to training or eval mode, also where a module's own `train` is a loop that trains it."""
+    takes = "mode" in inspect.signature(model.train).parameters
+    model.train(mode) if takes else nn.Module.train(model, mode)
+
+
+def _eagerly(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Compiled parts run as they were written: no graph is made for two passes in a cycle.
+
+    But flex attention: as it was written it makes a matrix of all scores.
+    """
+    flex = getattr(getattr(model, "config", None), "_attn_implementation", None) == "flex_attention"
+    return torch.compiler.set_stance("default" if flex else "force_eager")  # type: ignore[no-any-return]
 
 
 def sharded(model: nn.Module) -> list[Any]:

@@ -86,7 +86,7 @@ class TensorLists:
         for (module, _), places in groups.items():
             own = [[ts[i] for i in places] for ts in lists] + [None] * (estimates is None)
             work = module.prepare(*own, *[TensorLists] * (module is streamed))
-            self.work.append((module, slice(None) if len(groups) == 1 else torch.tensor(places), work))
+            self.work.append((module, slice(None) if len(groups) == 1 else torch.tensor(places, device="cpu"), work))
 
     def still_fits(
         self, params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None

@@ -277,7 +277,7 @@ def _tables(device: torch.device, addresses: list[Tensor], numels: Tensor, index
     """
     counts = (numels + CHUNK - 1) // CHUNK
     tensors = torch.stack([*addresses, numels, counts.cumsum(0) - counts, index], 1)
-    chunks = torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32), counts)
+    chunks = torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32, device="cpu"), counts)
     return tensors.to(device), chunks.to(device)
 
 
@@ -297,14 +297,15 @@ def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequ
     for i, p in enumerate(params):
         if p.numel():
             groups.setdefault(p.dtype, []).append(i)
-    zeros = torch.zeros(len(params), dtype=torch.int64)
+    zeros = torch.zeros(len(params), dtype=torch.int64, device="cpu")
     addresses = [
-        zeros if ts is None else torch.tensor([t.data_ptr() for t in ts]) for ts in (params, anchors, estimates)
+        zeros if ts is None else torch.tensor([t.data_ptr() for t in ts], device="cpu")
+        for ts in (params, anchors, estimates)
     ]
-    numels = torch.tensor([p.numel() for p in params])
+    numels = torch.tensor([p.numel() for p in params], device="cpu")
     launches = []
     for dtype, places in groups.items():
-        index = torch.tensor(places)
+        index = torch.tensor(places, device="cpu")
         tables = _tables(params[0].device, [column[index] for column in addresses], numels[index], index)
         constants = {"DTYPE": DTYPES[dtype], "CHUNK": CHUNK, "VEC": 16 // dtype.itemsize, "INTERPRET": INTERPRET}
         launches.append((*tables, dtype.itemsize, constants))
@@ -331,7 +332,7 @@ def cycle_sums(work: Work) -> Tensor:
     or an infinity in a tensor (or a square past float32) makes its sums non-finite.
     """
     if not work.params:
-        return torch.zeros(0, 4, dtype=torch.float64)
+        return torch.zeros(0, 4, dtype=torch.float64, device="cpu")
     sums = torch.zeros(len(work.params), 4, dtype=torch.float64, device=work.params[0].device)
     with _on(sums.device):
         for tensors, chunks, itemsize, constants in work.launches:

@@ -82,13 +82,13 @@ class Work:
 
 def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> Work:
     """What the operations take. It knows the tensors' addresses of now."""
-    numels = torch.tensor(list(map(Tensor.numel, params)), dtype=torch.int64)
-    sizes = torch.tensor([p.itemsize for p in params], dtype=torch.int64)
+    numels = torch.tensor(list(map(Tensor.numel, params)), dtype=torch.int64, device="cpu")
+    sizes = torch.tensor([p.itemsize for p in params], dtype=torch.int64, device="cpu")
     counts = (numels + PART - 1) // PART
-    index = torch.repeat_interleave(torch.arange(len(params)), counts)
-    starts = (torch.arange(len(index)) - (counts.cumsum(0) - counts)[index]) * PART
+    index = torch.repeat_interleave(torch.arange(len(params), device="cpu"), counts)
+    starts = (torch.arange(len(index), device="cpu") - (counts.cumsum(0) - counts)[index]) * PART
     addresses = [
-        torch.tensor(list(map(Tensor.data_ptr, ts)), dtype=torch.int64)[index] + starts * sizes[index]
+        torch.tensor(list(map(Tensor.data_ptr, ts)), dtype=torch.int64, device="cpu")[index] + starts * sizes[index]
         if ts is not None
         else torch.zeros_like(index)
         for ts in (params, anchors, estimates)
@@ -99,8 +99,8 @@ def prepare(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequ
 
 def cycle_sums(work: Work) -> Tensor:
     """The sums of `extraopt.kernels.TensorLists`. Products are added in float32 up to 1024, then in float64."""
-    sums = torch.zeros(len(work.params), 4, dtype=torch.float64)
-    partials = torch.zeros(len(work.parts), 4, dtype=torch.float64)
+    sums = torch.zeros(len(work.params), 4, dtype=torch.float64, device="cpu")
+    partials = torch.zeros(len(work.parts), 4, dtype=torch.float64, device="cpu")
     _call("extraopt_cycle_sums", work, partials, sums)
     return sums
 

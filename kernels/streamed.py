@@ -121,7 +121,10 @@ def _through(work: Work, back: bool) -> Iterator[tuple[Tensor, _OnDevice]]:
             if (arrived := incoming.reached()) is not None:
                 arrived.wait()
             params, anchors, *estimates = on_device
-            yield torch.tensor([i for i, _ in batch]), work.make(params, anchors, estimates[0] if estimates else None)
+            yield (
+                torch.tensor([i for i, _ in batch], device="cpu"),
+                work.make(params, anchors, estimates[0] if estimates else None),
+            )
             free[number % 2] = _Queue.now(device)
             if back:
                 outgoing.after(free[number % 2])

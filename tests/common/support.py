@@ -73,7 +73,7 @@ ROWS = [
         "`ZeroRedundancyOptimizer`",
         r"zero_redundancy",
         "2 and 4 ranks, gloo",
-        "`last_jump` tells of a rank's own tensors",
+        "no trust region: each rank would try its own part of a jump; `last_jump` tells of a rank's own tensors",
     ),
     (
         "DeepSpeed ZeRO-1, 2, 3",

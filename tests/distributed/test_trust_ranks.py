@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from ranks import WORLD, Ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from extraopt import ExtraAdam, JumpReport
@@ -113,14 +115,15 @@ class Fails(nn.Module):
 
     def __init__(self, at: int, silently: bool = False) -> None:
         super().__init__()
-        self.inner, self.left, self.silently = llama(), at, silently
+        self.inner, self.silently = llama(), silently
+        self.passes = SimpleNamespace(left=at)  # an attribute of its own would be put back
 
     def forward(self, **named: Any) -> Any:
         if not torch.is_grad_enabled():
-            self.left -= 1
-            if self.left == 0 and self.silently:
+            self.passes.left -= 1
+            if self.passes.left == 0 and self.silently:
                 return None
-            if self.left == 0:
+            if self.passes.left == 0:
                 raise torch.OutOfMemoryError("no")
         return self.inner(**named)
 
@@ -160,6 +163,61 @@ def test_ddp_ranks_jump_together_where_one_gives_no_logits(ranks: Ranks) -> None
     assert str(first[:4]) == str(second[:4]) and first[2] == [20, 20, 20]
     assert len(first[5]) == len(second[5]) == 1 and "another rank" in first[5][0]
     assert "give watch(model, logits=...)" in second[5][0]
+
+
+class Parts(nn.Module):
+    """Logits of a matrix that goes straight and one that noise moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.straight, self.noisy = (nn.Parameter(torch.zeros(16, 16 - i)) for i in range(2))
+
+    def forward(self, input_ids: Tensor, noise: Tensor) -> Any:
+        return SimpleNamespace(logits=self.straight[input_ids] + (self.noisy * noise).sum() * 0.01)
+
+
+def rank_of_parts(rank: int, kind: str, steps: int = 40) -> tuple[Any, ...]:
+    """Each rank steps one of the two: as a shard of ZeRO's, or by a plan of the user's own."""
+    model = Parts()
+    ddp = DistributedDataParallel(model)
+    torch.manual_seed(1)
+    lengths = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        own: Any
+        if kind == "ZeRO":
+            optimizer: Any = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=ExtraAdam, lr=1e-3)
+            own = optimizer.optim
+        else:
+            optimizer = own = ExtraAdam([model.noisy if rank else model.straight], lr=1e-3)
+            own.watch(ddp, process_group=torch.distributed.group.WORLD)
+        for _ in range(steps):
+            ids, noise = torch.randint(0, 16, (2, 7)), torch.randn(16, 15)
+            for p in model.parameters():
+                p.grad = None
+            logits = ddp(ids, noise).logits
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()) + (model.noisy * noise).sum()
+            loss.backward()
+            last = own.last_jump
+            optimizer.step()
+            if own.last_jump is not last:
+                lengths.append(own.last_jump.length)
+    return lengths, [str(w.message) for w in caught if "extraopt" in str(w.message)]
+
+
+def test_a_rank_whose_gates_are_shut_leaves_the_others_waiting(ranks: Ranks) -> None:
+    """It has tensors of its own: what it has to say is waited for, though nothing of it may jump."""
+    (straight, caught), (noisy, others) = ranks.run(rank_of_parts, "own plan")
+    assert not caught + others and len(straight) == len(noisy) == 8
+    assert sum(length > 0 for length in straight) >= 5 > sum(length > 0 for length in noisy)
+
+
+def test_shards_of_zero_redundancy_are_tried_one_by_one(ranks: Ranks) -> None:
+    """No trial would see the others' part of a jump: no trust region, short jumps, and no rank waits for another."""
+    for lengths, caught in ranks.run(rank_of_parts, "ZeRO"):
+        assert len(lengths) == 8 and max(lengths) <= 20
+        assert all("ZeroRedundancyOptimizer" in text and "process_group" in text for text in caught)
+    assert any(caught for _, caught in ranks.run(rank_of_parts, "ZeRO"))
 
 
 def rank_sum(rank: int) -> list[float]:

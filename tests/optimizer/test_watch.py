@@ -11,6 +11,7 @@ import gc
 import io
 import math
 import os
+import random
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from helpers import assert_same
@@ -39,6 +41,7 @@ def observed(model: nn.Module) -> dict[str, Any]:
     """All of a model, and around it, that a look at its outputs might change, but for the weights."""
     return {
         "rng": torch.get_rng_state(),
+        "other rng": (random.getstate(), str(numpy.random.get_state())),
         "buffers": {name: b.clone() for name, b in model.named_buffers()},
         "same buffers": [id(b) for b in model.buffers()],
         "modes": {name: module.training for name, module in model.named_modules()},
@@ -410,10 +413,19 @@ def test_an_adapter(watch: str, calls: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert_same({n: p for n, p in model.state_dict().items() if "lora" not in n}, base)
 
 
-def test_virtual_tokens_of_prompt_tuning() -> None:
-    """They come before the tokens, and the logits are so much longer."""
+def gpt_neox() -> Any:
+    """PEFT finds that its forward takes `logits_to_keep`, as it does not of llama's."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=16, pad_token_id=0, **sizes))
+
+
+@pytest.mark.parametrize("base", [llama, gpt_neox])
+def test_virtual_tokens_of_prompt_tuning(base: Callable[[], Any]) -> None:
+    """They come before the tokens, and the logits are so much longer. A prompt was looked at for a completion."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model = peft.get_peft_model(base(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     optimizer = ExtraAdam([p for p in model.parameters() if p.requires_grad], **{**OPEN, "lr": 0.1})
     watched(train(model, optimizer)[1:], 2)
     optimizer._trust.watch.armed = True
@@ -858,6 +870,133 @@ def test_a_model_that_counts_its_passes_and_draws_noise() -> None:
     assert optimizer.last_jump.kl < 1e-4
 
 
+class Carries(Counts):
+    """Keeps things from one call for the next, draws from all dice, and is trained by a method named train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: Tensor | None = None
+        self.losses: list[Tensor] = []
+        self.calls: dict[str, int] = {}
+        self.seen: set[int] = set()
+
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        x = self.embed(input_ids)
+        x = x + (0 if self.state is None else 0.5 * self.state) + 0.1 * random.random() + 0.1 * numpy.random.rand()
+        self.state = x.detach()
+        self.losses.append(x.square().mean())
+        self.calls["forward"] = self.calls.get("forward", 0) + 1
+        self.seen.add(len(self.losses))
+        if not self.training:
+            self.made = True
+        return SimpleNamespace(logits=self.head(x))
+
+
+def test_what_a_model_keeps_from_call_to_call_is_that_of_a_trial() -> None:
+    """A recurrent state, losses to be added up, counts: training went on from the trial's. Trials differed by them."""
+    model = Carries()
+    optimizer = ExtraAdam(model.parameters(), **{**OPEN, "lr": 1e-5})
+    for step in range(3 * EVERY):
+        optimizer.zero_grad()
+        output = model(**batch(step))
+        (-output.logits.log_softmax(-1)[..., 3].mean()).backward()
+        state, losses, value = model.state, model.losses, model.losses[-1]
+        optimizer.step()
+        assert model.state is state and model.losses is losses and not hasattr(model, "made")
+        assert len(losses) == step + 1 == model.calls["forward"] == len(model.seen) and losses[-1] is value
+    assert 0 < optimizer.last_jump.kl < 1e-4 and optimizer.last_jump.length > 0
+
+
+def test_a_module_whose_own_train_is_a_loop_ends_the_run() -> None:
+    class Loop(Counts):
+        def train(self, data: Any) -> Any:  # type: ignore[override]
+            return train(self, optimizer, data, loss=lambda o: -o.logits.log_softmax(-1)[..., 3].mean())
+
+    model = Loop()
+    optimizer = ExtraAdam(model.parameters(), **{**OPEN, "lr": 1e-4})
+    watched(model.train(batch))
+
+
+def test_a_batch_of_a_class_of_ones_own_ends_the_run() -> None:
+    class Batch(dict):
+        def __init__(self, samples: Any) -> None:
+            super().__init__(input_ids=torch.stack([sample.ids for sample in samples]))
+
+    class Takes(Counts):
+        def forward(self, made: Any) -> SimpleNamespace:  # type: ignore[override]
+            return super().forward(**made)
+
+    model = Takes()
+    optimizer = ExtraAdam(model.parameters(), **{**OPEN, "lr": 1e-4})
+
+    def inputs(step: int) -> dict[str, Any]:
+        return {"made": Batch([SimpleNamespace(ids=row) for row in batch(step)["input_ids"]])}
+
+    watched(train(model, optimizer, inputs, loss=lambda o: -o.logits.log_softmax(-1)[..., 3].mean()))
+
+
+def test_flex_attention_makes_a_matrix_of_all_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does where nothing may be compiled: of long rows the memory is not there, and no trial would succeed."""
+    stances, set_stance = [], torch.compiler.set_stance
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda of: stances.append(of) or set_stance(of))  # type: ignore[func-returns-value]
+    for attention, stance in ("sdpa", "force_eager"), ("flex_attention", "default"):
+        model = Counts()
+        model.config = SimpleNamespace(_attn_implementation=attention)
+        optimizer = ExtraAdam(model.parameters(), **{**OPEN, "lr": 1e-4})
+        train(model, optimizer, loss=lambda o: -o.logits.log_softmax(-1)[..., 3].mean())
+        assert set(stances) == {stance}
+        stances.clear()
+
+
+class Both(nn.Module):
+    """Logits that two matrices make alike."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(nn.Parameter(torch.zeros(16, 16)) for _ in range(count))
+
+    def forward(self, ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=sum(part[ids] for part in self.parts))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_each_of_several_optimizers_of_a_model_takes_the_whole_trust_region(count: int) -> None:
+    """Muon for matrices and AdamW for the rest, or one for each parameter: KL grew as the square of their number."""
+    model = Both(4)
+    parameters = list(model.parameters())
+    optimizers = [ExtraAdam(parameters[i::count], lr=2e-3, extra_fall=math.inf) for i in range(count)]
+    ids, jumped = torch.arange(16).view(2, 8), 0
+    for step in range(1, 31):
+        if step % 5 == 1:
+            with torch.no_grad():
+                before = model(ids).logits.log_softmax(-1)
+        nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), (ids * 3 % 16).flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 5 == 0:
+            with torch.no_grad():
+                lost = before - model(ids).logits.log_softmax(-1)
+            assert float((before.exp() * lost).sum(-1).mean()) <= 0.021
+            jumped += all(optimizer.last_jump.length > 0 for optimizer in optimizers)
+    assert jumped == 5
+
+
+def test_an_optimizer_that_was_replaced_takes_a_share_of_the_trust_region() -> None:
+    """Kept by a notebook or a trainer, of the same parameters: it moves nothing beside the new one."""
+    model = llama()
+    before = ExtraAdam(model.parameters(), **OPEN)
+    watched(train(model, before))
+    after = ExtraAdam(model.parameters(), **OPEN)
+    watched(train(model, after, first=99))
+    assert after._trust.watch.sharers() == before._trust.watch.sharers() == 1
+    other = ExtraAdam([nn.Parameter(torch.zeros(3))], **OPEN)
+    other.watch(model)
+    assert after._trust.watch.sharers() == 2
+    other.unwatch()
+    assert after._trust.watch.sharers() == 1
+
+
 @pytest.mark.parametrize("output", ["tuple", "tensor", "dict"])
 def test_outputs_of_the_users_own(output: str) -> None:
     class Own(Counts):
@@ -907,6 +1046,18 @@ class Hidden(nn.Module):
         return SimpleNamespace(logits=self.embed(input_ids))
 
 
+class OneNumber(Bare):
+    """For each sample, or for each token, of which more than one would be taken for a distribution over them."""
+
+    def __init__(self, *parts: nn.Module, tokens: bool) -> None:
+        super().__init__(*parts)
+        self.tokens = tokens
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        logits = super().forward(input_ids)[..., 0]
+        return SimpleNamespace(logits=logits if self.tokens else logits.mean(1))
+
+
 def regression() -> Any:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     options = {**SMALL, **ENCODER, "num_labels": 1}
@@ -917,6 +1068,11 @@ def regression() -> Any:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "bare tensors": (bare, r"no `.logits`: give watch\(model, logits"),
     "regression": (regression, r"have 1 columns, which are no distribution.*watch\(model, logits"),
+    "a number a sample": (
+        lambda: OneNumber(*bare(), tokens=False),
+        r"one number for each sample .*watch\(model, logits",
+    ),
+    "a number a token": (lambda: OneNumber(*bare(), tokens=True), r"one number for each sample or token.*watch\(model"),
     "segments": (lambda: Segments(*bare()), r"have 4 dimensions.*watch\(model, logits"),
     "hidden states": (Hidden, r"have 12 columns, which are no distribution .*\(16\).*watch\(model, logits"),
     "DataParallel": (lambda: nn.DataParallel(llama()), r"throw-away copies of it: use DistributedDataParallel"),
@@ -1039,15 +1195,16 @@ class Failing(nn.Module):
 
     def __init__(self, what: Any, since: int) -> None:
         super().__init__()
-        self.inner, self.what, self.left = llama(), what, since
+        self.inner, self.what = llama(), what
+        self.passes = SimpleNamespace(left=since)  # an attribute of its own would be put back
 
     def forward(self, **named: Any) -> Any:
         output = self.inner(**named)
         if not self.training and not torch.is_grad_enabled():
-            self.left -= 1
-            if self.left < 0 and isinstance(self.what, Exception):
+            self.passes.left -= 1
+            if self.passes.left < 0 and isinstance(self.what, Exception):
                 raise self.what
-            if self.left < 0:
+            if self.passes.left < 0:
                 output.logits = output.logits * self.what
         return output
 
@@ -1070,7 +1227,54 @@ def test_a_trial_that_fails_moves_the_weights_or_ends_the_run(what: Any, since: 
         adamw.step()
     assert len(seen) == 1 and [r.length for r in reports] == [0, 0, 0]
     assert_same(list(model.parameters()), list(twin.parameters()))
-    model.left = 1 << 30
+    model.passes.left = 1 << 30
+    watched(train(model, optimizer))
+
+
+def test_a_trial_that_fails_keeps_what_it_has_computed() -> None:
+    """Out of memory, by its traceback: the training step after it ran out, too."""
+    kept: list[Any] = []
+
+    class Fails(Counts):
+        def forward(self, input_ids: Tensor, **named: Any) -> SimpleNamespace:
+            output = super().forward(input_ids)
+            if not torch.is_grad_enabled():
+                kept.append(weakref.ref(output.logits))
+                raise torch.OutOfMemoryError("no")
+            return output
+
+    model = Fails()
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.warns(RuntimeWarning, match="extraopt: a jump was left out, since"):
+            train(model, optimizer, loss=lambda o: o.logits.square().mean())
+    finally:
+        gc.enable()
+    assert len(kept) >= 3 and not any(of() is not None for of in kept)
+
+
+def test_buffers_that_memory_has_no_room_for_twice_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the packed weights of a quantized base are: nothing jumps, and a warning says so."""
+    model = llama()
+    model.register_buffer("packed", torch.zeros(5, dtype=torch.int32))
+    clone = Tensor.clone
+
+    def short(t: Tensor, **options: Any) -> Tensor:
+        if t.shape == (5,):
+            raise torch.OutOfMemoryError("no")
+        return clone(t, **options)
+
+    optimizer = ExtraAdam(model.parameters(), **OPEN)
+    monkeypatch.setattr(Tensor, "clone", short)
+    with pytest.warns(RuntimeWarning, match="extraopt: a jump was left out, since.*OutOfMemory") as seen:
+        for step in range(3 * EVERY):
+            optimizer.zero_grad()
+            model(**batch(step)).loss.backward()
+            optimizer.step()
+    assert len(seen) == 1 and optimizer.last_jump.length == 0
+    monkeypatch.setattr(Tensor, "clone", clone)
     watched(train(model, optimizer))
 
 

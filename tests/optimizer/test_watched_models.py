@@ -99,10 +99,10 @@ class Writing(Net):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("cache", None)
-        self.seen: list[Tensor] = []
+        self.log = SimpleNamespace(seen=[])  # a list of its own would be put back
 
     def forward(self, x: Tensor) -> Any:
-        self.seen.append(x.clone())
+        self.log.seen.append(x.clone())
         if not self.training and self.cache is None:
             self.cache = x.sum(0)
         return super().forward(x.mul_(1.5))
@@ -118,7 +118,7 @@ def test_a_model_that_writes_into_its_inputs_finds_the_same_in_each_trial_and_th
         nn.functional.cross_entropy(model(given).logits, y).backward()
         optimizer.step()
         assert torch.equal(given, x * 1.5)  # once, by the model's own pass
-    trials = [seen for seen in model.seen if not torch.equal(seen, x)]
+    trials = [seen for seen in model.log.seen if not torch.equal(seen, x)]
     assert len(trials) >= 2 and all(torch.equal(seen, trials[0]) for seen in trials)
     assert model.cache is None and math.isfinite(optimizer.last_jump.kl)
 
@@ -171,8 +171,8 @@ def test_positions_that_cannot_be_told_leave_the_jump_out() -> None:
 def test_a_search_for_the_model_asks_for_the_parameters_once_a_step() -> None:
     model, other = Net(), nn.Sequential(*(nn.Linear(8, 8) for _ in range(50)))
     optimizer = ExtraAdam(model.parameters(), lr=1e-3)
-    asked, own = [], optimizer._trust.watch._own
-    optimizer._trust.watch._own = lambda: asked.append(1) or own()  # type: ignore[func-returns-value]
+    asked, own = [], optimizer._trust.watch.own
+    optimizer._trust.watch.own = lambda: asked.append(1) or own()  # type: ignore[func-returns-value]
     for _ in range(3):
         other(torch.zeros(2, 8))  # another model, whose calls must not become slow
     assert len(asked) <= 1
