@@ -2,6 +2,7 @@
 
 python benchmarks/rlvr/report.py benchmarks/results/rlvr.json             # tables beside it, rlvr.md, and pictures
 python benchmarks/rlvr/report.py benchmarks/results/rlvr.json --page      # and the table in docs/results.md
+python benchmarks/rlvr/report.py benchmarks/results/rlvr-peers.json --page # other optimizers, beside a rule before
 python benchmarks/rlvr/report.py benchmarks/results/rlvr-slow.json --page # long budgets at low learning rates
 python benchmarks/rlvr/report.py benchmarks/results/rlvr-ablations.json   # the rule with one thing changed
 """
@@ -218,9 +219,21 @@ def bars(cells: list[Cell]) -> str:
         ["from a tenth of the best to the best, AdamW at the same", *_over_cells(same)],
         ["a tenth of the best, AdamW at its best", *_over_cells(default)],
         ["any learning rate, AdamW at its best", *_over_cells(best)],
-        ["any learning rate, the best peer at its best", *_over_cells(peer)],
+        *([["any learning rate, the best peer at its best", *_over_cells(peer)]] if peer else []),
     ]
     return _table(["learning rate", "speed", "over cells", "cells"], lines)
+
+
+def others(cells: list[Cell]) -> str:
+    """One line a cell: the other optimizer that ends highest, each optimizer at its best learning rate."""
+    lines = []
+    for cell in cells:
+        peer = cell.best_peer()
+        ends = [cell.median(name, cell.best_lr(name)) for name in ("AdamW", peer, "ExtraAdam")]
+        speeds = _number(cell.against("AdamW")), _number(cell.against(peer))
+        lines.append([cell.name, peer, ", ".join(f"{end:.2f}" for end in ends), *speeds])
+    header = ["task, algorithm, rollouts, tuning", "best other", "ends: AdamW, it, ExtraAdam"]
+    return _table([*header, "ExtraAdam's speed over AdamW", "over it"], lines) + "\n\n" + bars(cells)
 
 
 def long_budgets(cells: list[Cell]) -> str:
@@ -396,6 +409,13 @@ def main() -> None:
         print(table)
         if args.page:
             _put(f" {args.results.stem}", table)
+        return
+    if args.results.stem == "rlvr-peers":
+        parts = ["# Other optimizers, cell by cell", others(cells), *map(details, cells)]
+        args.results.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+        print(others(cells))
+        if args.page:
+            _put(" rlvr-peers", others(cells))
         return
     folder = args.results.with_suffix("")
     folder.mkdir(exist_ok=True)
