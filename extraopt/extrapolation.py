@@ -144,7 +144,8 @@ class _Jump:
         along = (1 - weights) * self.sums[opened, 0] + weights * self.sums[opened, 1]  # <D, V>, V the new estimate
         gated_sq = float((opens * norms).square().sum())
         every = self.batch.every
-        return Reach(float((opens * along).sum()) / every, gated_sq / every**2, gated_sq, self.drift_sq)
+        way = float((opens * along).sum()) / every
+        return Reach(way, gated_sq / every**2, gated_sq, self.drift_sq, float(opened.sum()))
 
     def end_cycle(self) -> Outcome:
         """The new estimates and, as anchors, the weights after the retreat; the tensors that are refused stay."""
@@ -192,7 +193,7 @@ class _Jump:
 
 
 def _together(jumps: Sequence[_Jump]) -> Reach:
-    return Reach(*(sum(each) for each in zip((0.0,) * 4, *(astuple(jump.reach) for jump in jumps))))
+    return Reach(*(sum(each) for each in zip((0.0,) * 5, *(astuple(jump.reach) for jump in jumps))))
 
 
 def _lists(params: Sequence[Tensor], anchors: Sequence[Tensor], estimates: Sequence[Tensor] | None) -> TensorLists:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -61,12 +61,14 @@ class Reach:
         along: <D, u>; u = g V / k is what one step of the jump adds to the weights.
         step_sq: <u, u>.
         gated_sq, drift_sq: ||g V||^2 and ||V||^2.
+        open: tensors whose gate is not shut.
     """
 
     along: float
     step_sq: float
     gated_sq: float
     drift_sq: float
+    open: float
 
     @property
     def real(self) -> float:
@@ -205,8 +207,7 @@ class TrustRegion:
         """
         unwatched = Length(min(UNWATCHED, limits.steps), known)
         unmeasured = Length(min(unwatched.steps, known), known)
-        opened = reach.gated_sq > 0
-        if not opened and not _distributed():
+        if not reach.open and not _distributed():
             return None
         if self.quietly:
             return unwatched
@@ -221,12 +222,13 @@ class TrustRegion:
                     )
                 ranks = Ranks(self.watch, params, self.process_group)
             except Unusable as reason:
-                if not opened:
+                if not reach.open:
                     return None
                 raise Unusable(blind or reason) from None
-            of_rank = reach.along, reach.step_sq, reach.gated_sq, reach.drift_sq
-            missing, unusable, *of_all = ranks.sum(not (searching and self.watch.captured), blind is not None, *of_rank)
-            if not Reach(*of_all).gated_sq:
+            missing, unusable, *of_all = ranks.sum(
+                not (searching and self.watch.captured), blind is not None, *astuple(reach)
+            )
+            if not Reach(*of_all).open:
                 return None
             if unusable:
                 raise Unusable(blind or "another rank that trains it has no model that can be watched")

@@ -527,5 +527,5 @@ def test_a_failing_choice_leaves_the_weights_elsewhere() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        region.choose(move, Reach(1, 1, 1, 1), list(model.parameters()), 1.0, Limits(10, 1, 1), True)
+        region.choose(move, Reach(1, 1, 1, 1, 1), list(model.parameters()), 1.0, Limits(10, 1, 1), True)
     assert moves == [0.0, 2.0, 0.0] and not region.watch.captured and model.training
