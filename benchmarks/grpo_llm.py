@@ -378,6 +378,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
             axes.set(xlabel="optimizer step", ylabel=label)
             axes.set_yscale("log" if what == "minus" else "linear")
             axes.spines[["top", "right"]].set_visible(False)
+            axes.set_visible(bool(axes.lines))  # not every task has a sign
         handles, names = line[0].get_legend_handles_labels()
         part.legend(handles, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     figure.savefig(path)
