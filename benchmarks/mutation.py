@@ -44,6 +44,7 @@ MODULES = [
     "extraopt/trust.py",
     "extraopt/positions.py",
     "extraopt/watch.py",
+    "extraopt/undisturbed.py",
     "kernels/lists.py",
     "kernels/foreach.py",
     "kernels/native.py",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import random
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from .positions import Positions, Unusable
+from .undisturbed import attributes, eagerly, put_back, random_states, set_random_states, train
 
 
 class _Hook:
@@ -319,17 +317,17 @@ class Watch:
             for device, dtype in call.autocast.items():
                 stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
             torch.clear_autocast_cache()  # else a model under autocast would compute with the weights of the run before
-            _set_rng(self._rng)  # noise that a model draws is the same in each run
-            _put_back(self._attributes)  # and so is what it keeps from one call for the next
+            set_random_states(self._rng)  # noise that a model draws is the same in each run
+            put_back(self._attributes)  # and so is what it keeps from one call for the next
             # modules that cache what they made of their weights in eval mode let go of it when training begins
-            _train(self.model)
-            _train(self.model, False)
+            train(self.model)
+            train(self.model, False)
             try:
                 output = self.model(*arguments, **positions.named(named))
                 return positions.rows(output)
             finally:
                 torch.clear_autocast_cache()
-                _train(self.model)  # those that merge weights in eval mode part them by the weights they merged
+                train(self.model)  # those that merge weights in eval mode part them by the weights they merged
                 _reshard(self.model)
 
     @contextlib.contextmanager
@@ -345,17 +343,17 @@ class Watch:
             for module in self.model.modules()
             for name, b in module._buffers.items()
         ]
-        self._attributes = _attributes(self.model)
-        with torch.no_grad(), _eagerly(self.model):
-            self._rng = _rng({p.device for p in self.model.parameters() if p.is_cuda})
+        self._attributes = attributes(self.model)
+        with torch.no_grad(), eagerly(self.model):
+            self._rng = random_states({p.device for p in self.model.parameters() if p.is_cuda})
             try:
                 yield
-                _train(self.model)
+                train(self.model)
             except BaseException:
                 _reset(self.model)
                 raise
             finally:
-                _put_back(self._attributes)
+                put_back(self._attributes)
                 self._attributes = []
                 for module, mode in modes:
                     module.training = mode
@@ -366,7 +364,7 @@ class Watch:
                         module._buffers[name] = b if torch.equal(b, before) else before
                     elif module._buffers.get(name) is not b or b._version != version:
                         module._buffers[name] = b.copy_(before)
-                _set_rng(self._rng)
+                set_random_states(self._rng)
 
 
 def _empty(labels: Any) -> bool:
@@ -380,73 +378,6 @@ def _empty(labels: Any) -> bool:
 def _version(t: Tensor) -> int | None:
     """How often it was written to; None where that is not counted."""
     return None if t.is_inference() else t._version
-
-
-def _rng(devices: Iterable[torch.device]) -> list[tuple[Callable[[Any], Any], Any]]:
-    """Random states, each with what sets it again."""
-    states: list[tuple[Callable[[Any], Any], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (random.setstate, random.getstate()),
-    ]
-    if (numpy := getattr(sys.modules.get("numpy"), "random", None)) is not None:
-        states.append((numpy.set_state, numpy.get_state()))
-    return states + [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in devices]
-
-
-def _set_rng(states: Iterable[tuple[Callable[[Any], Any], Any]]) -> None:
-    for put, state in states:
-        put(state)
-
-
-_TORCHS = set(vars(nn.Module()))  # attributes that torch gives a module
-
-
-def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, tuple[Any, Any]]]]:
-    """Of each module its attributes, and what they are now: with a copy of each list, dict and set."""
-    return [
-        (vars(module), {name: (x, _copied(x)) for name, x in vars(module).items() if name not in _TORCHS})
-        for module in model.modules()
-    ]
-
-
-def _copied(x: Any) -> Any:
-    return type(x)(x) if type(x) in (list, dict, set) else None
-
-
-def _put_back(attributes: Iterable[tuple[dict[str, Any], dict[str, tuple[Any, Any]]]]) -> None:
-    for now, before in attributes:
-        for name in now.keys() - before.keys() - _TORCHS:
-            del now[name]
-        for name, (x, copy) in before.items():
-            if copy is not None and not _same(x, copy):
-                x.clear()
-                x.extend(copy) if type(x) is list else x.update(copy)
-            if name not in now or now[name] is not x:
-                now[name] = x
-
-
-def _same(x: Any, copy: Any) -> bool:
-    """Whether two lists, dicts or sets hold the very same objects, in the same order."""
-    if len(x) != len(copy):
-        return False
-    if isinstance(x, dict) and not all(a is b for a, b in zip(x.values(), copy.values())):
-        return False
-    return all(a is b for a, b in zip(x, copy))
-
-
-def _train(model: nn.Module, mode: bool = True) -> None:
-    """Switch to training or eval mode, also where a module's own `train` is a loop that trains it."""
-    takes = "mode" in inspect.signature(model.train).parameters
-    model.train(mode) if takes else nn.Module.train(model, mode)
-
-
-def _eagerly(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Compiled parts run as they were written: no graph is made for two passes in a cycle.
-
-    But flex attention: as it was written it makes a matrix of all scores.
-    """
-    flex = getattr(getattr(model, "config", None), "_attn_implementation", None) == "flex_attention"
-    return torch.compiler.set_stance("default" if flex else "force_eager")  # type: ignore[no-any-return]
 
 
 def sharded(model: nn.Module) -> list[Any]:
