@@ -274,7 +274,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xticks(range(len(kinds)), [f"{d}\n{t} thr." for d, t in kinds], fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("time on the GPU / limit" if rows[0]["gpu_ms"] else "time / limit")
-    figure.axes[0].legend(frameon=False, fontsize=7)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, fontsize=8
+    )
     figure.savefig(path)
 
 

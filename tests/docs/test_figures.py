@@ -21,7 +21,7 @@ from extraopt.gate import momentum_coherence
 RESULTS = ROOT / "benchmarks" / "results"
 OPERATIONS = {
     "sums": "sums for the gates",
-    "jump": "jump, where no trial is needed",
+    "jump": "jump of the paper's rule",
     "retreat": "estimate and retreat",
     "trial": "trial of a length",
     "anchor": "new anchor",
