@@ -173,7 +173,7 @@ def reliability() -> Iterator[str]:
     mutants = result("mutation-cycles")
     killed = sum(mutant["killed_by"] is not None for mutant in mutants)
     yield f"{len(mutants)} places of `extraopt/` drawn at random so far"
-    yield f"| {killed} fail a test ({100 * killed / len(mutants):.1f} %); of the other three"
+    yield f"| {killed} fail a test ({100 * killed / len(mutants):.1f} %), two of them"
 
 
 def watching() -> Iterator[str]:
