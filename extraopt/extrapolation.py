@@ -14,6 +14,7 @@ from . import gate as gates
 from .kernels import TensorLists
 from .sharding import local, sum_over_shards
 from .trust import Length, Reach
+from .undisturbed import signals_wait
 
 
 @dataclass(frozen=True)
@@ -240,15 +241,16 @@ def end_cycle(
         for jump in opened:
             jump.move(length)
 
-    try:
-        chosen = choose(move, _together(opened)) if any(batch.limited for batch in batches) else None
-    except BaseException:
-        move(0.0)
-        raise
-    if chosen:
-        move(chosen.steps)
-    for jump in jumps:
-        jump.finish()
+    with signals_wait():
+        try:
+            chosen = choose(move, _together(opened)) if any(batch.limited for batch in batches) else None
+        except BaseException:
+            move(0.0)
+            raise
+        if chosen:
+            move(chosen.steps)
+        for jump in jumps:
+            jump.finish()
 
     weight_sq, jumped, length, refused = 0.0, 0, 0.0, []
     for jump in jumps:

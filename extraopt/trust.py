@@ -212,6 +212,8 @@ class TrustRegion:
         if self.quietly:
             return unwatched
         try:
+            if self.watch.joining:
+                raise Unusable("within join() of DistributedDataParallel ranks end at different steps")
             blind = self.watch.refused or (None if self.watch.holds(params) else self._not_found())
             try:
                 if self.process_group is None and self.watch.partial:

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from .positions import Positions, Unusable
-from .undisturbed import attributes, eagerly, put_back, random_states, set_random_states, train
+from .undisturbed import Kept, eagerly, train
 
 
 class _Hook:
@@ -68,6 +68,8 @@ def _map(what: Callable[[Tensor], Any], value: Any) -> Any:
         return made if type(value) is dict else _like(value, made)
     if type(value) in (list, tuple):
         return type(value)(_map(what, x) for x in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(what, x) for x in value))
     return value
 
 
@@ -122,7 +124,8 @@ class _Call:
     """A training forward pass: what is needed to run it again, and to see whether it can be.
 
     Attributes:
-        arguments, named: its inputs, detached.
+        arguments, named: its inputs, detached and copied.
+        fed: whether gradients flow back into them.
         autocast: dtype of each kind of device where it was on.
         attention: torch's, or what context_parallel puts in its place.
         forward: what was called: Lightning puts `training_step` there for a call.
@@ -130,6 +133,7 @@ class _Call:
 
     arguments: tuple[Any, ...]
     named: dict[str, Any]
+    fed: bool
     autocast: dict[str, torch.dtype]
     attention: Any
     forward: Any
@@ -158,8 +162,8 @@ class Watch:
         self._hooks: list[_Hook] = []
         self._sought = set[int]()  # what `own` returned
         self._first = -1  # id of the hook that remembers the call by which a model was found
-        self._rng: list[tuple[Callable[[Any], Any], Any]] = []
-        self._attributes: list[tuple[dict[str, Any], dict[str, tuple[Any, Any]]]] = []
+        self._kept: Kept | None = None
+        self._around: Any = None  # weak reference to what `attach` was given
         self._captured: _Call | None = None
 
     @property
@@ -191,7 +195,7 @@ class Watch:
             logits: of its output, float [..., V]; None takes `.logits` of an output of transformers.
         """
         self.detach()
-        self._logits = logits
+        self._logits, self._around = logits, weakref.ref(model)
         try:
             self.model, self.group = unwrapped(model)
         except Unusable as reason:
@@ -215,6 +219,12 @@ class Watch:
         _reshard(self.model)
         own = set(map(id, self.model.parameters()))
         return any(id(p) in own for p in params)
+
+    @property
+    def joining(self) -> bool:
+        """Whether DDP's `join` is at work: ranks that have ended answer its collectives, and none beside."""
+        around = None if self._around is None else self._around()
+        return bool(getattr(getattr(around, "_join_config", None), "enable", False))
 
     @property
     def partial(self) -> bool:
@@ -279,8 +289,9 @@ class Watch:
             if torch.is_autocast_enabled(device)
         }
         attention = nn.functional.scaled_dot_product_attention
-        arguments, named = _map(Tensor.detach, (arguments, dict(named)))
-        self._captured = _Call(arguments, named, autocast, attention, module.forward)
+        fed = any(isinstance(x, Tensor) and x.grad_fn is not None for x in leaves)
+        arguments, named = _map(_copy, (arguments, dict(named)))  # this very pass may write into them
+        self._captured = _Call(arguments, named, fed, autocast, attention, module.forward)
 
     # --- again -------------------------------------------------------------------------------------------------------
 
@@ -288,7 +299,8 @@ class Watch:
         """Which rows of the model's logits are looked at, for the inputs remembered.
 
         Raises:
-            Unusable: they were a part of a sequence, the rest of which lay on other ranks, or those of another method.
+            Unusable: they were a part of a sequence, the rest of which lay on other ranks, those of another method, or
+                made by weights that move, too, and that the model does not have.
         """
         assert self.model is not None and self._captured is not None
         if self._captured.attention is not nn.functional.scaled_dot_product_attention:
@@ -302,6 +314,11 @@ class Watch:
                 "DDP: tell the optimizer the model that it calls in turn, by watch(model, "
                 "process_group=torch.distributed.group.WORLD)"
             )
+        if self._captured.fed and not self.own() <= set(map(id, self.model.parameters())):
+            raise Unusable(
+                f"the inputs of {type(self.model).__name__} are made by other parameters of the optimizer, whose jumps "
+                "change them: put both into one module, call that for training, and tell the optimizer by watch(module)"
+            )
         return Positions(self.model, self._captured.arguments, self._captured.named, self._logits)
 
     def run(self, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -310,15 +327,14 @@ class Watch:
         Raises:
             Unusable: the model gives none.
         """
-        assert self.model is not None and self._captured is not None
+        assert self.model is not None and self._captured is not None and self._kept is not None
         call = self._captured
         arguments, named = _map(Tensor.clone, (call.arguments, call.named))  # a model may write into its inputs
         with contextlib.ExitStack() as stack:
             for device, dtype in call.autocast.items():
                 stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
             torch.clear_autocast_cache()  # else a model under autocast would compute with the weights of the run before
-            set_random_states(self._rng)  # noise that a model draws is the same in each run
-            put_back(self._attributes)  # and so is what it keeps from one call for the next
+            self._kept.begin()
             # modules that cache what they made of their weights in eval mode let go of it when training begins
             train(self.model)
             train(self.model, False)
@@ -332,39 +348,18 @@ class Watch:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """In eval mode, without gradients; afterwards all but the weights is as before, bit for bit.
-
-        That is modes, buffers, random states and the attributes of modules, with what is in lists, dicts and sets.
-        """
+        """In eval mode, without gradients; afterwards all but the weights is as before, bit for bit: see `Kept`."""
         assert self.model is not None
-        modes = [(module, module.training) for module in self.model.modules()]
-        buffers = [
-            (module, name, b, None if b is None else _version(b), None if b is None else b.detach().clone())
-            for module in self.model.modules()
-            for name, b in module._buffers.items()
-        ]
-        self._attributes = attributes(self.model)
         with torch.no_grad(), eagerly(self.model):
-            self._rng = random_states({p.device for p in self.model.parameters() if p.is_cuda})
+            self._kept = Kept(self.model)
             try:
                 yield
-                train(self.model)
             except BaseException:
                 _reset(self.model)
                 raise
             finally:
-                put_back(self._attributes)
-                self._attributes = []
-                for module, mode in modes:
-                    module.training = mode
-                for module, name, b, version, before in buffers:
-                    if b is None or before is None:
-                        module._buffers[name] = None
-                    elif version is None:  # nothing writes to it outside of inference mode
-                        module._buffers[name] = b if torch.equal(b, before) else before
-                    elif module._buffers.get(name) is not b or b._version != version:
-                        module._buffers[name] = b.copy_(before)
-                set_random_states(self._rng)
+                kept, self._kept = self._kept, None
+                kept.put_back()
 
 
 def _empty(labels: Any) -> bool:
@@ -375,9 +370,8 @@ def _empty(labels: Any) -> bool:
         return False
 
 
-def _version(t: Tensor) -> int | None:
-    """How often it was written to; None where that is not counted."""
-    return None if t.is_inference() else t._version
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().clone()
 
 
 def sharded(model: nn.Module) -> list[Any]:

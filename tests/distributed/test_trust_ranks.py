@@ -157,6 +157,24 @@ def test_a_trial_that_fails_on_one_ddp_rank_fails_on_all(ranks: Ranks, kind: str
         assert len(caught) == 1 and "a jump was left out, since" in caught[0]
 
 
+def rank_join(rank: int) -> tuple[list[bytes], list[float], list[str]]:
+    model = llama()
+    ddp = DistributedDataParallel(model)
+    optimizer = ExtraAdam(ddp.parameters(), **OPEN)
+    with ddp.join():
+        seen = run(ddp, optimizer, model, of_rank(rank, "alike"), 4 * EVERY if rank else 2 * EVERY)
+    return weights(model), seen.lengths, seen.warnings
+
+
+def test_uneven_inputs_within_ddps_join_abort_the_process(ranks: Ranks) -> None:
+    """A rank that has ended answered our sums as if they were DDP's."""
+    first, second = ranks.run(rank_join)
+    assert first[0] == second[0]  # join ends with the weights of the rank that went on
+    assert len(first[1]) == 2 and len(second[1]) == 4
+    assert all(length <= 20 for length in second[1])
+    assert all(len(said) == 1 and "within join()" in said[0] for said in (first[2], second[2]))
+
+
 def test_ddp_ranks_jump_together_where_one_gives_no_logits(ranks: Ranks) -> None:
     """All are short from then on, and the warning of the one says why."""
     first, second = ranks.run(rank_ddp, "no logits")
