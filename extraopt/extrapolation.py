@@ -244,11 +244,11 @@ def end_cycle(
     with signals_wait():
         try:
             chosen = choose(move, _together(opened)) if any(batch.limited for batch in batches) else None
+            if chosen:
+                move(chosen.steps)
         except BaseException:
             move(0.0)
             raise
-        if chosen:
-            move(chosen.steps)
         for jump in jumps:
             jump.finish()
 

@@ -17,6 +17,7 @@ from test_watched_models import EVERY, Merging, Net, batch, train
 from torch import Tensor, nn
 
 from extraopt import ExtraAdam
+from extraopt.extrapolation import _Jump
 
 
 @pytest.fixture(autouse=True)
@@ -262,3 +263,23 @@ def test_a_step_in_another_thread_cannot_set_handlers() -> None:
     thread.start()
     thread.join()
     assert len(reports) == 2 and reports[-1].length > 0
+
+
+def test_ctrl_c_once_a_length_is_chosen_makes_the_next_drift_hold_a_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    optimizer = ExtraAdam(model.parameters(), lr=1e-3)
+    train(model, optimizer, 2 * EVERY - 1)
+    move, choose = _Jump.move, optimizer._trust.choose
+    chosen: list[Any] = []
+
+    def interrupted(self: _Jump, length: float) -> None:
+        move(self, length)
+        if chosen:
+            chosen.clear()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Jump, "move", interrupted)
+    monkeypatch.setattr(optimizer._trust, "choose", lambda *args: chosen.append(choose(*args)) or chosen[0])
+    with pytest.raises(KeyboardInterrupt):
+        train(model, optimizer, 1)
+    assert all(torch.equal(p, optimizer.state[p]["extra_anchor"]) for p in model.parameters())
