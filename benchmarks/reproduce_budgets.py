@@ -1,4 +1,4 @@
-"""Budgets, steps to fixed rewards, and sigmoids, from the committed rows of rlvr-peers.json and grpo_llm.json.
+"""Budgets, steps to fixed rewards, and sigmoids, from the committed rows of rlvr.json and grpo_llm.json.
 
 A setting is a task, an algorithm, a number of completions, what is trained, and a learning rate. Those count where
 AdamW and ExtraAdam have runs; the paper's rule stands beside them where it has any. All are compared on the seeds that
@@ -31,7 +31,7 @@ WORST = 0.5  # of r2: below it a curve is no sigmoid that rises, such as that of
 
 def toy(folder: Path) -> Iterator[tuple[str, float, dict[str, list[Row]]]]:
     """The toy-scale benchmark: name, learning rate, rows by optimizer."""
-    for cell in report.read(folder / "rlvr-peers.json"):
+    for cell in report.read(folder / "rlvr.json"):
         for lr in sorted(set(cell.rows["AdamW"]) & set(cell.rows["ExtraAdam"])):
             if cell.trains(lr):
                 names = ["AdamW", "ExtraAdam", *PAPERS]

@@ -2,7 +2,6 @@
 
 python benchmarks/rlvr/report.py benchmarks/results/rlvr.json             # tables beside it, rlvr.md, and pictures
 python benchmarks/rlvr/report.py benchmarks/results/rlvr.json --page      # and the table in docs/results.md
-python benchmarks/rlvr/report.py benchmarks/results/rlvr-peers.json --page # other optimizers, beside a rule before
 python benchmarks/rlvr/report.py benchmarks/results/rlvr-slow.json --page # long budgets at low learning rates
 python benchmarks/rlvr/report.py benchmarks/results/rlvr-ablations.json   # the rule with one thing changed
 """
@@ -224,18 +223,6 @@ def bars(cells: list[Cell]) -> str:
     return _table(["learning rate", "speed", "over cells", "cells"], lines)
 
 
-def others(cells: list[Cell]) -> str:
-    """One line a cell: the other optimizer that ends highest, each optimizer at its best learning rate."""
-    lines = []
-    for cell in cells:
-        peer = cell.best_peer()
-        ends = [cell.median(name, cell.best_lr(name)) for name in ("AdamW", peer, "ExtraAdam")]
-        speeds = _number(cell.against("AdamW")), _number(cell.against(peer))
-        lines.append([cell.name, peer, ", ".join(f"{end:.2f}" for end in ends), *speeds])
-    header = ["task, algorithm, rollouts, tuning", "best other", "ends: AdamW, it, ExtraAdam"]
-    return _table([*header, "ExtraAdam's speed over AdamW", "over it"], lines) + "\n\n" + bars(cells)
-
-
 def long_budgets(cells: list[Cell]) -> str:
     """One line for each learning rate of budgets at which AdamW is far from its end when they are used up."""
     lines = []
@@ -252,7 +239,7 @@ def long_budgets(cells: list[Cell]) -> str:
 
 
 def details(cell: Cell) -> str:
-    """Every optimizer at every learning rate: end, mean, steps to fixed accuracies, collapsed runs, seconds."""
+    """Every optimizer at every learning rate: end, mean, steps to fixed accuracies, collapsed runs."""
     marks = [m for m in (0.1, 0.3, 0.5, 0.7, 0.9) if m > cell.base][:3]
     lines = []
     for optimizer, by_lr in cell.rows.items():
@@ -267,10 +254,9 @@ def details(cell: Cell) -> str:
                     f"{statistics.median(map(area, rows)):.3f}",
                     *("-" if math.isinf(s) else f"{s:g}" for s in steps),
                     f"{sum(r['collapsed'] for r in rows)} of {len(rows)}",
-                    f"{statistics.median(r['seconds'] for r in rows):.0f}",
                 ]
             )
-    header = ["optimizer", "lr", "end (range)", "mean", *(f"steps to {m:g}" for m in marks), "collapsed", "seconds"]
+    header = ["optimizer", "lr", "end (range)", "mean", *(f"steps to {m:g}" for m in marks), "collapsed"]
     return f"### {cell.name}\n\nBefore training: {cell.base:.3f}.\n\n" + _table(header, lines)
 
 
@@ -409,13 +395,6 @@ def main() -> None:
         print(table)
         if args.page:
             _put(f" {args.results.stem}", table)
-        return
-    if args.results.stem == "rlvr-peers":
-        parts = ["# Other optimizers, cell by cell", others(cells), *map(details, cells)]
-        args.results.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
-        print(others(cells))
-        if args.page:
-            _put(" rlvr-peers", others(cells))
         return
     folder = args.results.with_suffix("")
     folder.mkdir(exist_ok=True)

@@ -231,7 +231,9 @@ def test_the_readmes_sentences_on_the_language_model_are_those_of_its_rows() -> 
     jumps = re.search(r"Its jumps were (\d+) to (\d+)\s+steps long", text)
     assert told and jumps, "README tells of something else by now"
     rows = [row for row in result("grpo_llm") if row["settings"].get("precision") == "bf16 autocast"]
-    adamw, ours = (pick(rows, optimizer=name, lr=1e-6, seed=0, task="chain_sum") for name in ("AdamW", "ExtraAdam"))
+    of = {"lr": 1e-6, "seed": 0, "task": "chain_sum", "tuning": "full"}
+    ours = pick(rows, optimizer="ExtraAdam", **of)
+    adamw = pick(rows, optimizer="AdamW", machine=ours["machine"], **of)
 
     def means(row: Row) -> list[tuple[int, float]]:
         """Of twenty steps each, by their last step."""
