@@ -414,7 +414,7 @@ def table(rows: list[dict[str, Any]], of: Collection[str]) -> str:
                 cell = f"**{mean:.3f}**" if mean == top and len(means) > 1 else f"{mean:.3f}"
                 cells.append(cell + f" ({there})" * (there < len(own)) if there else "")
             first = ", ".join(map(str, place)) if place != shown else ""
-            star = "*" * any("note" in row or "from_s" in row for row in own)
+            star = "*" * any("note" in row for row in own)
             lines.append(" | ".join([f"| {first}", name + star, f"{lr:g}", str(len(own)), *cells]) + " |")
             shown = place
     return "\n".join(lines)

@@ -193,7 +193,7 @@ def curves() -> Iterator[str]:
     longest = max(well, key=lambda jump: jump[3])
     yield f"gate of {longest[2]:.2f} a jump of {longest[3]:.0f} steps moves the weights as far as an open one of "
     yield f"an open one of {longest[2] * longest[3]:.0f}."
-    yield f"nothing jumps before step {little[0][0]}:"
+    yield f"but for one of {little[0][3]:.0f} steps at step {little[0][0]}, nothing jumps before step {little[1][0]}:"
 
 
 MADE: dict[str, Callable[[], Iterator[str]]] = {

@@ -49,7 +49,7 @@ def test_anchors_are_named_as_github_names_them() -> None:
     assert anchors(text) == {"one", "fx-and-the-rest", "one-1"}
 
 
-LARGE = {"benchmarks/results/rlvr.json"}  # a row for each of hundreds of runs
+LARGE = {f"benchmarks/results/{name}.json" for name in ("rlvr", "grpo_llm")}  # a row for each of hundreds of runs
 MOST = 300_000  # bytes
 
 
