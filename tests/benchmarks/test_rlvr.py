@@ -159,9 +159,10 @@ def test_the_tables_of_the_page_are_those_of_the_results(rlvr: SimpleNamespace) 
     table = text.partition(report.BEGIN.format(of=""))[2].partition(report.END)[0]
     cells = report.read(FOLDER.parent / "results" / "rlvr.json")
     assert table.strip() == f"{report.summary(cells)}\n\n{report.bars(cells)}"
-    others = report.bars(report.read(FOLDER.parent / "results" / "rlvr-other-policies.json"))
-    speeds = [line.split(" | ")[1] for line in others.splitlines()[2:]]
-    assert "the second table has {}, {}, {} and {}:".format(*speeds) in text
+    for name, end in ("rlvr-other-policies", ":"), ("rlvr-held-out", "."):
+        bars = report.bars(report.read(FOLDER.parent / "results" / f"{name}.json"))
+        speeds = [line.split(" | ")[1] for line in bars.splitlines()[2:]]
+        assert "the second table has {}, {}, {} and {}".format(*speeds) + end in text
     table = text.partition(report.BEGIN.format(of=" rlvr-slow"))[2].partition(report.END)[0]
     assert table.strip() == report.long_budgets(report.read(FOLDER.parent / "results" / "rlvr-slow.json"))
 
