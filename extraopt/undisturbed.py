@@ -27,6 +27,12 @@ class Kept:
 
     Of attributes that are lists, dicts, sets or deques, and of those within, it keeps what they hold; of tensors and
     generators their values. Of parameters it keeps whether they are trained, and which memory they lie in.
+
+    Args:
+        model: of any modules; its buffers and its modules' tensors are copied, on the devices that they lie on.
+
+    Raises:
+        torch.OutOfMemoryError: no memory for these copies; nothing was changed.
     """
 
     def __init__(self, model: nn.Module) -> None:

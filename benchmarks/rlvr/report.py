@@ -3,6 +3,7 @@
 python benchmarks/rlvr/report.py benchmarks/results/rlvr.json             # tables beside it, rlvr.md, and pictures
 python benchmarks/rlvr/report.py benchmarks/results/rlvr.json --page      # and the table in docs/results.md
 python benchmarks/rlvr/report.py benchmarks/results/rlvr-slow.json --page # long budgets at low learning rates
+python benchmarks/rlvr/report.py benchmarks/results/rlvr-held-out.json    # tables alone, beside it
 python benchmarks/rlvr/report.py benchmarks/results/rlvr-ablations.json   # the rule with one thing changed
 """
 
@@ -396,19 +397,22 @@ def main() -> None:
         if args.page:
             _put(f" {args.results.stem}", table)
         return
-    folder = args.results.with_suffix("")
-    folder.mkdir(exist_ok=True)
-    overview(cells, folder / "overview.png")
-    parts = ["# The comparison, cell by cell", f"![Speed in each cell]({folder.name}/overview.png)"]
-    parts += [summary(cells), bars(cells)]
-    for i, cell in enumerate(cells):
-        path = folder / f"{i}-{cell.name.split(',')[0]}.png"
-        picture(cell, path)
-        parts += [details(cell), f"![Curves, and accuracies at the end]({folder.name}/{path.name})"]
+    parts = ["# The comparison, cell by cell", summary(cells), bars(cells)]
+    if args.results.stem != "rlvr":  # held-out seeds, other policies: tables alone
+        parts += [details(cell) for cell in cells]
+    else:
+        folder = args.results.with_suffix("")
+        folder.mkdir(exist_ok=True)
+        overview(cells, folder / "overview.png")
+        parts.insert(1, f"![Speed in each cell]({folder.name}/overview.png)")
+        for i, cell in enumerate(cells):
+            path = folder / f"{i}-{cell.name.split(',')[0]}.png"
+            picture(cell, path)
+            parts += [details(cell), f"![Curves, and accuracies at the end]({folder.name}/{path.name})"]
+        if args.page:
+            _put("", f"{summary(cells)}\n\n{bars(cells)}")
     args.results.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     print(summary(cells), bars(cells), sep="\n\n")
-    if args.page:
-        _put("", f"{summary(cells)}\n\n{bars(cells)}")
 
 
 def _put(of: str, table: str) -> None:

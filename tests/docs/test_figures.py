@@ -227,23 +227,34 @@ def test_the_average_of_the_toy_scale_benchmark_is_that_of_its_table() -> None:
 def test_the_readmes_sentences_on_the_language_model_are_those_of_its_rows() -> None:
     """AdamW's level at its end, the steps at which both come to it, and the lengths of the jumps."""
     text = page("README.md")
-    told = re.search(r"steps 131-150 \(([\d.]+) over twenty steps\) by step (\d+), AdamW first at step (\d+)", text)
+    told = re.search(
+        r"steps 131-150 \(([\d.]+) over twenty steps\) by step (\d+), AdamW first at step (\d+); "
+        r"on seed 1 by (\d+)\s+for (\d+); on seed 2 not by its step (\d+), AdamW by (\d+)",
+        text,
+    )
+    signs = re.search(r"learnt the sign \(([\d., ]+)\), AdamW by step 150\s+\(([\d., ]+)\)", text)
     jumps = re.search(r"Its jumps were (\d+) to (\d+)\s+steps long", text)
-    assert told and jumps, "README tells of something else by now"
+    assert told and signs and jumps, "README tells of something else by now"
     rows = [row for row in result("grpo_llm") if row["settings"].get("precision") == "bf16 autocast"]
-    of = {"lr": 1e-6, "seed": 0, "task": "chain_sum", "tuning": "full"}
-    ours = pick(rows, optimizer="ExtraAdam", **of)
-    adamw = pick(rows, optimizer="AdamW", machine=ours["machine"], **of)
+    of = {"lr": 1e-6, "task": "chain_sum", "tuning": "full"}
+    ours = [pick(rows, optimizer="ExtraAdam", seed=seed, **of) for seed in range(3)]
+    adamw = [pick(rows, optimizer="AdamW", seed=row["seed"], machine=row["machine"], **of) for row in ours]
 
     def means(row: Row) -> list[tuple[int, float]]:
         """Of twenty steps each, by their last step."""
         rewards = [reward for _, reward in row["curve"]]
         return [(i, sum(rewards[i - 20 : i]) / 20) for i in range(20, len(rewards) + 1)]
 
-    level = means(adamw)[-1][1]
-    first = [next(step for step, mean in means(row) if mean >= level - 5e-4) for row in (ours, adamw)]
-    assert told.groups() == (f"{level:.3f}", str(first[0]), str(first[1]))
-    lengths = [jump[3] for jump in ours["jumps"] if jump[3]]
+    levels = [means(row)[-1][1] for row in adamw]
+    first = [
+        [next((step for step, mean in means(row) if mean >= level - 5e-4), None) for row in pair]
+        for level, *pair in zip(levels, ours, adamw)
+    ]
+    assert first[2][0] is None
+    expected = [f"{levels[0]:.3f}", *first[0], *first[1], ours[2]["curve"][-1][0], first[2][1]]
+    assert told.groups() == tuple(map(str, expected))
+    assert signs.groups() == tuple(", ".join(f"{row['minus'][-1][1]:.2f}" for row in own) for own in (ours, adamw))
+    lengths = [jump[3] for jump in ours[0]["jumps"] if jump[3]]
     assert jumps.groups() == (f"{min(lengths):.0f}", f"{max(lengths):.0f}")
 
 
