@@ -79,7 +79,9 @@ COLOURS = dict(
     )
 )
 SHOWN = "AdamW", "ExtraAdam"  # in pictures, and run by run
-COURSE = ("chain_sum", "full", 1e-6, "bf16 autocast")  # what the README shows
+# places and learning rates that are told run by run; the first is what the README shows
+COURSES = [(("chain_sum", "full", 32, "bf16 autocast"), lr) for lr in (1e-6, 1e-5)]
+STYLES = "-", "--", ":", "-.", (0, (1, 4))  # of seeds
 WINDOW = 20  # steps that a level is averaged over: one step's completions are few
 LEVELS = (0.75, 0.8, 0.85)  # of reward, at which entropies are compared
 ENDS = (40, 60, 80, 100, 150)  # steps up to which tables have a level
@@ -372,7 +374,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
                 points = values(row, what)
                 if row["seed"] not in seeds or not points:
                     continue
-                style = ("-", "--", ":", "-.")[seeds.index(row["seed"])]
+                style = STYLES[seeds.index(row["seed"]) % len(STYLES)]
                 name = f"{row['optimizer']}, seed {row['seed']}"
                 axes.plot(*zip(*points), color=COLOURS[row["optimizer"]], ls=style, label=name)
             axes.set(xlabel="optimizer step", ylabel=label)
@@ -420,45 +422,60 @@ def table(rows: list[dict[str, Any]], of: Collection[str]) -> str:
     return "\n".join(lines)
 
 
-def course(rows: list[dict[str, Any]]) -> str:
-    """Reward in windows of steps, and the minus sign, run by run, at the conservative rate."""
+def small(chance: float) -> str:
+    return f"{chance:.2f}" if chance >= 0.01 else f"{chance:.1g}"
+
+
+def course(rows: list[dict[str, Any]], of: tuple[tuple[str, str, int, str], float]) -> str:
+    """Run by run at one place and learning rate: the reward of each window of steps, and the minus sign at its end."""
     ends = range(WINDOW, 101, WINDOW)
     lines = ["| seed | optimizer | " + " | ".join(f"{end - WINDOW + 1}-{end}" for end in ends) + " |"]
     lines.append("|---|---|" + "---|" * len(ends))
-    own = [r for r in rows if (r["task"], r["tuning"], r["lr"], r["settings"]["precision"]) == COURSE]
-    both = {r["seed"] for r in own if r["optimizer"] == "ExtraAdam"}
-    own = [r for r in own if r["optimizer"] in SHOWN and r["seed"] in both]
-    for row in sorted(own, key=lambda r: (r["seed"], r["optimizer"])):
-        rewards, minus = dict(map(tuple, values(row, "reward"))), dict(map(tuple, row["minus"]))
-        for head, of in ((f"{row['seed']} | {row['optimizer']}", rewards), (" | minus sign", minus)):
-            cells = [f"{of[end]:.2f}" if end in of else "" for end in ends]
-            lines.append(f"| {head} | " + " | ".join(cells) + " |")
+    own = [row for row in longest(rows) if (where(row), row["lr"]) == of]
+    both = {row["seed"] for row in own if row["optimizer"] == "ExtraAdam"}
+    for row in sorted(own, key=lambda row: (row["seed"], row["optimizer"])):
+        if row["seed"] in both:
+            rewards, minus = (dict(map(tuple, values(row, what))) for what in ("reward", "minus"))
+            cells = [f"{rewards[end]:.2f}, {small(minus[end])}" if end in rewards else "" for end in ends]
+            lines.append(f"| {row['seed']} | {row['optimizer']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def entropies(rows: list[dict[str, Any]]) -> str:
-    """The step at which the mean reward of a window first comes to a level, and the mean entropy of that window."""
-    lines = ["| tuning, precision | lr | optimizer | seed | " + " | ".join(f"at {of:.2f}" for of in LEVELS) + " |"]
-    lines.append("|---|---|---|---|" + "---|" * len(LEVELS))
-    rows = [row for row in longest(rows) if row["task"] == COURSE[0] and row.get("entropy")]
-    both = [{(where(row), row["lr"]) for row in rows if row["optimizer"] == name} for name in SHOWN]
-    for row in rows:
-        if (where(row), row["lr"]) not in both[0] & both[1]:
-            continue
-        windows = [(*at, e) for at, (_, e) in zip(values(row, "reward"), values(row, "entropy"), strict=True)]
-        first = [next((window for window in windows if window[1] >= of), None) for of in LEVELS]
-        cells = [f"{window[2]:.2f} (step {window[0]})" if window else "" for window in first]
-        head = f"{row['tuning']}, {row['settings']['precision']} | {row['lr']:g} | {row['optimizer']} | {row['seed']}"
-        lines.append(f"| {head} | " + " | ".join(cells) + " |")
+    """The mean entropy of the first window of each seed whose mean reward comes to a level."""
+    heads = ["tuning, completions a step, precision", "lr", "optimizer", "seeds", *(f"at {of:.2f}" for of in LEVELS)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    groups: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = {}
+    for row in longest(rows):
+        if row["task"] == COURSES[0][0][0] and row.get("entropy"):
+            groups.setdefault((where(row), row["lr"]), {}).setdefault(row["optimizer"], {})[row["seed"]] = row
+    for (place, lr), by_name in groups.items():
+        seeds = sorted(set.intersection(*(set(by_name.get(name, ())) for name in SHOWN)))
+        for name in SHOWN if seeds else ():
+            cells = []
+            for of in LEVELS:
+                at = [zip(values(row, "reward"), values(row, "entropy")) for row in map(by_name[name].get, seeds)]
+                first = [next((f"{e:.2f}" for (_, reward), (_, e) in windows if reward >= of), "-") for windows in at]
+                cells.append(", ".join(first) if set(first) != {"-"} else "")
+            head = f"{', '.join(map(str, place[1:]))} | {lr:g} | {name} | {', '.join(map(str, seeds))}"
+            lines.append(f"| {head} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
     """What stands on the page after each of its marks."""
     rows = paired(rows)
-    parts = [table(rows, ("ExtraAdam",)), f"Run by run at learning rate {COURSE[2]:g}, all weights, {COURSE[3]}:"]
-    parts += [course(rows)]
-    parts += [f"Entropy, in nats a token, over the {WINDOW} steps whose mean reward is the first to come to a level:"]
+    parts = [table(rows, ("ExtraAdam",))]
+    for place, lr in COURSES:
+        parts += [
+            f"Run by run at learning rate {lr:g}, all weights, {place[2]} completions a step, {place[3]}: reward, and\n"
+            "probability of a minus sign at the end of the window."
+        ]
+        parts += [course(rows, (place, lr))]
+    parts += [
+        f"Entropy by seed, in nats a token, over the {WINDOW} steps whose mean reward is the first to come to a level\n"
+        "(-: it does not):"
+    ]
     parts += [entropies(rows)]
     others = [name for name in COLOURS if name not in SHOWN]
     return {BEGIN: "\n\n".join(parts), BEGIN_EARLIER: table(rows, others)}
@@ -467,7 +484,7 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
 def report(rows: list[dict[str, Any]], path: Path, page: bool = False) -> None:
     rows = paired(rows)
     picture(rows, path)
-    front = [row for row in rows if (row["task"], row["tuning"], row["lr"], row["settings"]["precision"]) == COURSE]
+    front = [row for row in rows if (where(row), row["lr"]) == COURSES[0]]
     picture(front, path.with_stem(f"{path.stem}_front"))
     print(table(rows, ("ExtraAdam",)))
     for begin, made in tables(rows).items() if page else ():

@@ -182,11 +182,17 @@ def watching() -> Iterator[str]:
     yield f"{momentum_coherence(5, 0.9, 0.9):.2f}"
 
 
+def of_32_completions() -> list[Row]:
+    """The language model's rows in bf16 autocast."""
+    settings = {"precision": "bf16 autocast", "completions": 32}
+    return [row for row in result("grpo_llm") if settings.items() <= row["settings"].items()]
+
+
 def curves() -> Iterator[str]:
     """Of docs/watch.md, from the two runs that it draws."""
     yield from watching()
     of = {"optimizer": "ExtraAdam", "task": "chain_sum", "tuning": "full", "seed": 0}
-    rows = [row for row in result("grpo_llm") if row["settings"].get("precision") == "bf16 autocast"]
+    rows = of_32_completions()
     well, little = ([jump for jump in pick(rows, **of, lr=lr)["jumps"] if jump[3]] for lr in (1e-6, 3e-6))
     lengths = [jump[3] for jump in well if jump[0] <= 40]
     yield f"jumps of {span(lengths, 0)} steps"
@@ -235,7 +241,7 @@ def test_the_readmes_sentences_on_the_language_model_are_those_of_its_rows() -> 
     signs = re.search(r"learnt the sign \(([\d., ]+)\), AdamW by step 150\s+\(([\d., ]+)\)", text)
     jumps = re.search(r"Its jumps were (\d+) to (\d+)\s+steps long", text)
     assert told and signs and jumps, "README tells of something else by now"
-    rows = [row for row in result("grpo_llm") if row["settings"].get("precision") == "bf16 autocast"]
+    rows = of_32_completions()
     of = {"lr": 1e-6, "task": "chain_sum", "tuning": "full"}
     ours = [pick(rows, optimizer="ExtraAdam", seed=seed, **of) for seed in range(3)]
     adamw = [pick(rows, optimizer="AdamW", seed=row["seed"], machine=row["machine"], **of) for row in ours]
