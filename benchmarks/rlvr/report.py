@@ -290,15 +290,16 @@ def picture(cell: Cell, path: Path) -> None:
         )
         lrs = sorted(cell.rows[optimizer])
         ends = [sorted(map(final, cell.rows[optimizer][lr])) for lr in lrs]
-        right.plot(lrs, [statistics.median(e) for e in ends], "o-", color=colour, label=optimizer)
+        right.plot(lrs, [statistics.median(e) for e in ends], "o-", color=colour)
         right.fill_between(lrs, [e[0] for e in ends], [e[-1] for e in ends], color=colour, alpha=0.15)
     left.set(xlabel="real steps", ylabel="accuracy", title="each at its best learning rate")
     right.set(xscale="log", xlabel="learning rate", ylabel="accuracy at the end", title="by learning rate")
     right.set_xticks(sorted(cell.rows["AdamW"]), [f"{lr:g}" for lr in sorted(cell.rows["AdamW"])])
     right.minorticks_off()
-    right.axhline(cell.base, color="#999999", linestyle=":", label="before training")
-    left.legend()
-    right.legend()
+    right.axhline(cell.base, color="#999999", linestyle=":")
+    handles, names = left.get_legend_handles_labels()
+    handles, names = handles + right.lines[-1:], [*names, "before training"]
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)  # inside it would hide points
     figure.suptitle(f"{cell.name} (median and range over seeds)")
     _save(figure, path)
 
