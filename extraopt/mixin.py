@@ -243,13 +243,15 @@ class CycleMixin:
             steps: applied steps of all of these, one after the other.
         """
         everything = iter(endings(list(chain.from_iterable(stepped)), steps))
-        left, due, before, ended = FAR, [], self._schedule.ended, {}
+        left, due, before, ended, phases = FAR, [], self._schedule.ended, {}, set[int]()
+        shortest = min((group["extra_every"] for group in self.param_groups), default=1)
         for group, pairs in zip(self.param_groups, stepped):
             every, ends = group["extra_every"], []
             for ending in islice(everything, len(pairs)):
                 p, _, step, origin = ending
                 elapsed = step - origin
                 left = min(left, every - elapsed % every)
+                phases.add(elapsed % shortest)
                 if elapsed <= 0 or elapsed % every:
                     continue
                 ended[id(p)] = step
@@ -258,7 +260,7 @@ class CycleMixin:
             due.append((group, ends))
         found_inf = getattr(self, "found_inf", None)
         if any(ends for _, ends in due) and not (found_inf is not None and bool(found_inf)):
-            self._end(self._batches(due))
+            self._end(self._batches(due), len(phases))
         self._schedule.ended = ended
         self._schedule.keep(self.param_groups, self.state, left, stepped, steps[0] if steps else 0)
 
@@ -267,7 +269,16 @@ class CycleMixin:
     ) -> list[tuple[CycleBatch, list[dict[str, Any]]]]:
         """Parameters whose cycles end now and their states, in one batch for all of the same hyperparameters."""
         alike: dict[tuple[Any, ...], tuple[dict[str, Any], list[Ending]]] = {}
+        parted = []
         for group, ends in due:
+            if group["extra_kl"] is None or self._trust.watch.model is None:
+                parted.append((group, group["extra_steps"], ends))
+                continue
+            seen = self._trust.watch.computes_with([p for p, *_ in ends])
+            parted.append((group, group["extra_steps"], [end for end, of_model in zip(ends, seen) if of_model]))
+            short = min(group["extra_steps"], int(UNWATCHED))  # of these the outputs say nothing
+            parted.append((group, short, [end for end, of_model in zip(ends, seen) if not of_model]))
+        for group, horizon, ends in parted:
             if not ends:
                 continue
             for p, state, *_ in ends:
@@ -276,7 +287,7 @@ class CycleMixin:
                 if keeps_estimate(group) and "extra_estimate" not in state:
                     state["extra_estimate"] = new_estimate(p, group["extra_offload"])
             rule = (
-                group["extra_every"], group["extra_steps"], group["extra_beta"], group["extra_gate"],
+                group["extra_every"], horizon, group["extra_beta"], group["extra_gate"],
                 group["extra_start"], group["extra_kl"] is not None, momentum_of(group),
                 group.get("differentiable") is True,
             )  # fmt: skip
@@ -299,7 +310,7 @@ class CycleMixin:
             batches.append((batch, states))
         return batches
 
-    def _end(self, due: list[tuple[CycleBatch, list[dict[str, Any]]]], searching: bool = True) -> None:
+    def _end(self, due: list[tuple[CycleBatch, list[dict[str, Any]]]], phases: int) -> None:
         batches = [batch for batch, _ in due]
         params = [p for batch in batches for p in batch.params]
         groups = [group for group in self.param_groups if group["extra_kl"] is not None] or self.param_groups
@@ -311,7 +322,7 @@ class CycleMixin:
         )
 
         def choose(move: Callable[[float], None], reach: Reach) -> Length | None:
-            return self._trust.choose(move, reach, params, known, limits, searching)
+            return self._trust.choose(move, reach, params, known, limits, phases)
 
         with self._moving(params):
             report, length, outcomes = end_cycle(batches, self._schedule.tables, max(GROWTH * known, UNWATCHED), choose)
@@ -363,7 +374,7 @@ class CycleMixin:
         self._phases_changed()
         if not batches:
             return None
-        self._end(batches, searching=False)
+        self._end(batches, phases=0)
         return self.last_jump
 
     @torch.no_grad()

@@ -38,6 +38,7 @@ class Positions:
         # virtual tokens come first, in a prompt that it makes: it is for it alone to say which logits lie behind them
         self._prompted = bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
         self._classes = getattr(config, "num_labels", None)
+        self._problem = getattr(config, "problem_type", None)
         self._given: tuple[int, ...] | None = None  # shape of its tokens
         self._beside = self._decodes or getattr(model, "loss_type", None) in ("ForMaskedLM", "ForTokenClassification")
         self._uses_cache = getattr(config, "use_cache", None) is not None
@@ -54,7 +55,8 @@ class Positions:
 
     def _choose(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         takes = (name for name, p in self._own.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
-        named = {**dict(zip(takes, arguments)), **named}
+        whole = [x for x in arguments if isinstance(x, Mapping)]  # a batch that is given as one argument
+        named = {key: x for batch in whole for key, x in batch.items()} | dict(zip(takes, arguments)) | named
         side = "decoder_" if self._decodes else ""
         names = f"{side}input_ids", f"{side}inputs_embeds"
         ids: Any = next((named[name] for name in names if isinstance(named.get(name), Tensor)), None)
@@ -134,6 +136,11 @@ class Positions:
                 f"`.logits` of its output have {logits.shape[-1]} columns, which are no distribution over classes or "
                 f"tokens{f' ({self._width})' * (self._width is not None)}: give watch(model, logits=...) a function "
                 "that makes logits of the output"
+            )
+        if self._problem in ("regression", "multi_label_classification"):
+            raise Unusable(
+                f"`.logits` of its output are no distribution, by its config's problem_type={self._problem!r}: give "
+                "watch(model, logits=...) a function that makes logits of the output"
             )
         if logits.dim() != 3 or self._valid is None or self._columns is None:
             return _all(logits)

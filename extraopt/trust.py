@@ -190,7 +190,7 @@ class TrustRegion:
         params: Sequence[Tensor],
         known: float,
         limits: Limits,
-        searching: bool,
+        phases: int = 1,
     ) -> Length | None:
         """The longest jump within the limits; None where nothing may jump, here or on another rank.
 
@@ -202,8 +202,8 @@ class TrustRegion:
             params: those of the optimizer, on this rank.
             known: what the last search found, >= 0.
             limits: none of them is exceeded.
-            searching: whether there ought to be inputs to run the model on. Where there are none, the jump is no longer
-                than the last one, and than one without a trust region.
+            phases: in how many phases of their cycles the optimizer's parameters are: each has a jump in every k steps.
+                0: there are no inputs for a trial, and the jump is no longer than the last one, nor than 20 steps.
         """
         unwatched = Length(min(UNWATCHED, limits.steps), known)
         unmeasured = Length(min(unwatched.steps, known), known)
@@ -214,7 +214,8 @@ class TrustRegion:
         try:
             if self.watch.joining:
                 raise Unusable("within join() of DistributedDataParallel ranks end at different steps")
-            blind = self.watch.refused or (None if self.watch.holds(params) else self._not_found())
+            own = self.watch.computes_with(params)
+            blind = self.watch.refused or (None if any(own) else self._not_found())
             try:
                 if self.process_group is None and self.watch.partial:
                     raise Unusable(
@@ -227,15 +228,15 @@ class TrustRegion:
                 if not reach.open:
                     return None
                 raise Unusable(blind or reason) from None
-            missing, unusable, *of_all = ranks.sum(
-                not (searching and self.watch.captured), blind is not None, *astuple(reach)
+            missing, unusable, size, phases_of_all, *of_all = ranks.sum(
+                not (phases and self.watch.captured), blind is not None, 1, phases, *astuple(reach)
             )
             if not Reach(*of_all).open:
                 return None
             if unusable:
                 raise Unusable(blind or "another rank that trains it has no model that can be watched")
             if missing:
-                if searching:
+                if phases:
                     self._warn(
                         "inputs",
                         f"a cycle ended without a forward pass of {type(self.watch.model).__name__} in its last step, "
@@ -244,9 +245,23 @@ class TrustRegion:
                         "training, tell the optimizer by watch(model).",
                     )
                 return unmeasured
-            share = self.watch.sharers()  # KL grows as the square of what all of them move together
+            many = phases_of_all / size
+            share = self.watch.sharers() * many  # KL grows as the square of what all of them move together
             limits = Limits(limits.steps, limits.kl / share**2, limits.fall / share)
-            return self._search(move, Reach(*of_all), ranks, known, limits)
+            length = self._search(move, Reach(*of_all), ranks, known, limits)
+            if many > 1:
+                self._warn(
+                    "phases",
+                    f"parameters are in {many:g} phases of their cycles, as where some were unfrozen in mid-run or had "
+                    "no gradient in some steps: each has a part of the limits. reset_anchor() puts all into one.",
+                )
+            if not all(own):
+                self._warn(
+                    "others",
+                    f"some of the optimizer's parameters are not in {type(self.watch.model).__name__}, whose outputs "
+                    f"say nothing of them: these jump at most {UNWATCHED:g} steps.",
+                )
+            return length
         except Unusable as reason:
             self._warn(
                 str(reason),
@@ -314,6 +329,13 @@ class TrustRegion:
             raise Unusable(watch.refused)
         if not seen:  # as where a batch has no labels: nothing was found out
             return Length(0.0, known)
+        if length.steps and length.kl == length.fall == 0:
+            length = Length(min(length.steps, UNWATCHED), known)
+            self._warn(
+                "unchanged",
+                f"a trial changed nothing in the outputs of {type(watch.model).__name__}, so that the jump was no "
+                f"longer than {length.steps:g} steps: does it compute with other weights than those that are trained?",
+            )
         for error in failures:
             self._warn("failed", f"a jump was left out, since the model failed on its last inputs: {error!r}")
         if not finite and not failures:

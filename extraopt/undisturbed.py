@@ -12,10 +12,12 @@ import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 _TORCHS = set(vars(nn.Module()))  # attributes that torch gives a module
 _CONTAINERS = list, deque, set, dict, defaultdict, OrderedDict, Counter
@@ -30,12 +32,13 @@ class Kept:
 
     Args:
         model: of any modules; its buffers and its modules' tensors are copied, on the devices that they lie on.
+        given: what it is called with: objects of a class of the user's own may carry a state from call to call.
 
     Raises:
         torch.OutOfMemoryError: no memory for these copies; nothing was changed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, given: Iterable[Any] = ()) -> None:
         self._model = model
         self._modes = [(module, module.training) for module in model.modules()]
         self._buffers = [
@@ -45,9 +48,11 @@ class Kept:
         self._params = [
             (p, p.requires_grad, p.detach() if type(p) is nn.Parameter else None) for p in model.parameters()
         ]
+        own = {id(x): x for module in model.modules() for x in vars(module).values() if _has_state(x)}
+        own |= {id(x): x for x in given if _has_state(x)}
         self._attributes = [
-            (vars(module), {name: (x, _keep(x)) for name, x in vars(module).items() if name not in _TORCHS})
-            for module in model.modules()
+            (vars(of), {name: (x, _keep(x)) for name, x in vars(of).items() if name not in _TORCHS})
+            for of in (*model.modules(), *own.values())
         ]
         self._random = _random_states({p.device for p in model.parameters() if p.is_cuda})
 
@@ -129,6 +134,13 @@ def _random_states(devices: Iterable[torch.device]) -> list[tuple[Callable[[Any]
     if (numpy := getattr(sys.modules.get("numpy"), "random", None)) is not None:
         states.append((numpy.set_state, numpy.get_state()))
     return states + [(partial(torch.cuda.set_rng_state, device=d), torch.cuda.get_rng_state(d)) for d in devices]
+
+
+def _has_state(x: Any) -> bool:
+    """Whether it is an object of a class in Python that may hold what a model keeps from call to call."""
+    if isinstance(x, (nn.Module, Tensor, Optimizer, type, ModuleType)) or callable(x) or not hasattr(x, "__dict__"):
+        return False
+    return not type(x).__module__.startswith("torch.") and not isinstance(x, _CONTAINERS)
 
 
 def _keep(x: Any, depth: int = 3) -> Callable[[], Any] | None:

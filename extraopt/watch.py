@@ -149,6 +149,7 @@ class Watch:
         model: what is called again; None as long as it was not found.
         group: process group of the DDP around it.
         refused: why nothing can be watched, or None.
+        logits: of the model's output, or None for `.logits`.
         own: says the ids of the optimizer's parameters.
     """
 
@@ -158,7 +159,7 @@ class Watch:
         self.model: nn.Module | None = None
         self.group: Any = None
         self.refused: str | None = None
-        self._logits: Callable[[Any], Tensor] | None = None
+        self.logits: Callable[[Any], Tensor] | None = None
         self._hooks: list[_Hook] = []
         self._sought = set[int]()  # what `own` returned
         self._first = -1  # id of the hook that remembers the call by which a model was found
@@ -195,7 +196,7 @@ class Watch:
             logits: of its output, float [..., V]; None takes `.logits` of an output of transformers.
         """
         self.detach()
-        self._logits, self._around = logits, weakref.ref(model)
+        self.logits, self._around = logits, weakref.ref(model)
         try:
             self.model, self.group = unwrapped(model)
         except Unusable as reason:
@@ -208,17 +209,16 @@ class Watch:
     def find(self, logits: Callable[[Any], Tensor] | None) -> None:
         """Watch the outermost module that is called for training and has most of the optimizer's parameters."""
         self.detach()
-        self._logits, self._sought = logits, set()
+        self.logits, self._sought = logits, set()
         self._hooks += [_Hook(act, register_module_forward_pre_hook) for act in (self._look, self._remember_first)]
         self._first = self._hooks[-1].handle.id
 
-    def holds(self, params: Iterable[Tensor]) -> bool:
-        """Whether there is a model, and it computes with any of these parameters."""
-        if self.model is None:
-            return False
-        _reshard(self.model)
-        own = set(map(id, self.model.parameters()))
-        return any(id(p) in own for p in params)
+    def computes_with(self, params: Iterable[Tensor]) -> list[bool]:
+        """Of each of these parameters, whether it is the model's; none is where there is no model."""
+        if self.model is not None:
+            _reshard(self.model)
+        own = set() if self.model is None else set(map(id, self.model.parameters()))
+        return [id(p) in own for p in params]
 
     @property
     def joining(self) -> bool:
@@ -265,7 +265,7 @@ class Watch:
             # hooks is given if the module says so.
             takes: Any = getattr(module, "_forward_pre_hooks_with_kwargs", {})
             takes[self._first] = True
-            self.attach(module, self._logits)
+            self.attach(module, self.logits)
 
     def _remember_first(self, module: nn.Module, arguments: tuple[Any, ...], *named: dict[str, Any]) -> None:
         if named:
@@ -277,6 +277,8 @@ class Watch:
         if not self.armed or self.refused or not torch.is_grad_enabled() or getattr(module, "_is_replica", False):
             return
         leaves = list(_leaves((arguments, named)))
+        if any(isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves):
+            return  # of a transform, as vmap, which will have ended
         if not any(isinstance(x, Tensor) for x in leaves) or any(isinstance(x, nn.Module) for x in leaves):
             return
         if any(named.get(of) is not None and not isinstance(named[of], bool) for of in ("past_key_values", "cache")):
@@ -319,7 +321,7 @@ class Watch:
                 f"the inputs of {type(self.model).__name__} are made by other parameters of the optimizer, whose jumps "
                 "change them: put both into one module, call that for training, and tell the optimizer by watch(module)"
             )
-        return Positions(self.model, self._captured.arguments, self._captured.named, self._logits)
+        return Positions(self.model, self._captured.arguments, self._captured.named, self.logits)
 
     def run(self, positions: Positions) -> tuple[Tensor, Tensor]:
         """Logits with the weights as they are, [P, V] in the model's own dtype, and their rows at these positions.
@@ -351,7 +353,8 @@ class Watch:
         """In eval mode, without gradients; afterwards all but the weights is as before, bit for bit: see `Kept`."""
         assert self.model is not None
         with torch.no_grad(), eagerly(self.model):
-            self._kept = Kept(self.model)
+            call = self._captured
+            self._kept = Kept(self.model, () if call is None else _leaves((call.arguments, call.named)))
             try:
                 yield
             except BaseException:

@@ -74,7 +74,8 @@ class ExtraCallback(TrainerCallback):
             optimizer.reset_anchor()
         model = kwargs.get("model")
         if model is not None and optimizer._trust.watch.searching and args.world_size == 1 and args.n_gpu <= 1:
-            optimizer.watch(model)  # else it is the one around it that has to be found
+            # else it is the one around it that has to be found
+            optimizer.watch(model, logits=optimizer._trust.watch.logits)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

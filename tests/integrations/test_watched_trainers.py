@@ -64,6 +64,19 @@ def test_the_trainer_of_transformers(lora: bool, options: dict[str, Any], tmp_pa
     assert logged and all({"extra/length", "extra/fall", "extra/gate"} <= set(log) for log in logged)
 
 
+def test_a_trainer_forgets_how_to_get_logits(tmp_path: Path) -> None:
+    trainer = Trainer(llama(), arguments(tmp_path, max_steps=STEPS, learning_rate=3e-4), train_dataset=rows(same=True))
+    use_extra_adam(trainer)
+    seen = []
+    trainer.create_optimizer()
+    trainer.optimizer.watch(logits=lambda output: seen.append(1) or output.logits)
+    ends = Ends()
+    trainer.add_callback(ends)
+    trainer.train()
+    check(ends.reports)
+    assert len(seen) >= 2 * (STEPS // 5 - 1)
+
+
 def test_a_trainer_that_compiles_its_model(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=STEPS, learning_rate=1e-3, torch_compile=True, torch_compile_backend="eager")
     trainer = Trainer(llama(), args, train_dataset=rows(same=True))

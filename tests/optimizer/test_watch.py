@@ -1196,7 +1196,8 @@ class Failing(nn.Module):
     def __init__(self, what: Any, since: int) -> None:
         super().__init__()
         self.inner, self.what = llama(), what
-        self.passes = SimpleNamespace(left=since)  # an attribute of its own would be put back
+        self.passes: Any = lambda: None  # what lies in an attribute, or in an object of a class, would be put back
+        self.passes.left = since
 
     def forward(self, **named: Any) -> Any:
         output = self.inner(**named)

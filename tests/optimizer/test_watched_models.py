@@ -99,10 +99,11 @@ class Writing(Net):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("cache", None)
-        self.log = SimpleNamespace(seen=[])  # a list of its own would be put back
+        self.note = (seen := []).append  # a list of its own would be put back
+        self.seen = lambda: seen
 
     def forward(self, x: Tensor) -> Any:
-        self.log.seen.append((self.training, x.clone()))
+        self.note((self.training, x.clone()))
         if not self.training and self.cache is None:
             self.cache = x.sum(0)
         return super().forward(x.mul_(1.5))
@@ -120,7 +121,7 @@ def test_a_model_that_writes_into_its_inputs_finds_in_each_trial_what_it_was_giv
         nn.functional.cross_entropy(model(given).logits, y).backward()
         optimizer.step()
         assert torch.equal(given, x * 1.5)  # once, by the model's own pass
-    trials = [seen for training, seen in model.log.seen if not training]
+    trials = [seen for training, seen in model.seen() if not training]
     assert len(trials) >= 2 and all(torch.equal(seen, x) for seen in trials)
     assert model.cache is None and math.isfinite(optimizer.last_jump.kl)
 
