@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,15 @@ def watching() -> Iterator[str]:
     """Of docs/watch.md and docs/how-it-works.md, from the rule itself."""
     yield f"{momentum_coherence(5, 0.9, 0.9, 1):.2f} after"
     yield f"{momentum_coherence(5, 0.9, 0.9):.2f}"
+
+
+def test_long_budgets_in_the_readme_are_those_of_their_table() -> None:
+    table = read(ROOT / "docs" / "results.md").partition("<!-- made by benchmarks/rlvr/report.py rlvr-slow -->")[2]
+    rows = [line.split(" | ") for line in table.partition("<!-- end -->")[0].strip().splitlines()[2:]]
+    speeds = [float(row[-1].rstrip(" |x")) for row in rows]
+    assert len(speeds) == 4
+    told = f"{statistics.geometric_mean(speeds):.1f}x ({min(speeds):.1f} to {max(speeds):.0f})"
+    assert f"three seeds | AdamW there | {told}" in page("README.md")
 
 
 def of_32_completions() -> list[Row]:
