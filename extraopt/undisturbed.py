@@ -12,7 +12,7 @@ import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -137,10 +137,14 @@ def _random_states(devices: Iterable[torch.device]) -> list[tuple[Callable[[Any]
 
 
 def _has_state(x: Any) -> bool:
-    """Whether it is an object of a class in Python that may hold what a model keeps from call to call."""
+    """Whether it is an object of a class of the user's own, which may hold what a model keeps from call to call.
+
+    Not those of torch, and of Python's library only the plain one: other threads may write to its queues and loggers.
+    """
     if isinstance(x, (nn.Module, Tensor, Optimizer, type, ModuleType)) or callable(x) or not hasattr(x, "__dict__"):
         return False
-    return not type(x).__module__.startswith("torch.") and not isinstance(x, _CONTAINERS)
+    of = type(x).__module__.partition(".")[0]
+    return type(x) is SimpleNamespace or of not in {"torch", *sys.stdlib_module_names}
 
 
 def _keep(x: Any, depth: int = 3) -> Callable[[], Any] | None:

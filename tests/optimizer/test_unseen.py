@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -216,6 +217,22 @@ def test_a_state_that_lies_in_an_object_goes_on_from_trials(where: str) -> None:
             and state.log == [*range(step + 2)]
         )
     assert optimizer.last_jump and optimizer.last_jump.kl > 0
+
+
+def test_what_another_thread_puts_into_a_queue_of_the_model_within_a_trial_is_lost() -> None:
+    class Fed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inbox: queue.Queue[int] = queue.Queue()
+
+        def forward(self, x: Tensor) -> Any:
+            if not torch.is_grad_enabled():
+                self.inbox.put(0)  # as another thread may at any time
+            return super().forward(x)
+
+    model = Fed()
+    reports = train(model, ExtraAdam(model.parameters(), lr=1e-3), 3 * EVERY)
+    assert reports[-1].kl > 0 and model.inbox.qsize() >= 4
 
 
 def test_inputs_of_a_transform_that_has_ended_fail_every_trial() -> None:
