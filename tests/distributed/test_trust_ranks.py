@@ -116,7 +116,8 @@ class Fails(nn.Module):
     def __init__(self, at: int, silently: bool = False) -> None:
         super().__init__()
         self.inner, self.silently = llama(), silently
-        self.passes = SimpleNamespace(left=at)  # an attribute of its own would be put back
+        self.passes: Any = lambda: None  # what lies in an attribute, or in an object of a class, would be put back
+        self.passes.left = at
 
     def forward(self, **named: Any) -> Any:
         if not torch.is_grad_enabled():
