@@ -244,7 +244,7 @@ class CycleMixin:
         """
         everything = iter(endings(list(chain.from_iterable(stepped)), steps))
         left, due, before, ended, phases = FAR, [], self._schedule.ended, {}, set[int]()
-        shortest = min((group["extra_every"] for group in self.param_groups), default=1)
+        shortest = min((group["extra_every"] for group, pairs in zip(self.param_groups, stepped) if pairs), default=1)
         for group, pairs in zip(self.param_groups, stepped):
             every, ends = group["extra_every"], []
             for ending in islice(everything, len(pairs)):

@@ -139,6 +139,7 @@ class Outputs:
     def __init__(self, logits: Tensor, rows: Tensor) -> None:
         self._before = [chunk.float().log_softmax(-1) for chunk in _chunks(logits, rows)]
         self._shape = logits.shape, rows.shape
+        self.changed = False  # whether any log-probability was another one, however unlikely its token
 
     def compare(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Sums of KL, of fall and of positions, over all of them and over those with a choice: float64 [6], CPU.
@@ -152,6 +153,7 @@ class Outputs:
         sums = torch.zeros(2, 3, dtype=torch.float64, device=logits.device)
         for chunk, before in zip(_chunks(logits, rows), self._before):
             lost, plausible = before - chunk.float().log_softmax(-1), before >= math.log(PLAUSIBLE)
+            self.changed = self.changed or bool(lost.nan_to_num().any())
             p = before.exp()
             kl = torch.where(p == 0, 0.0, p * lost).sum(-1)  # a logit of -inf is no change
             fall = torch.where(plausible, lost, 0.0).amax(-1).clamp(min=0)
@@ -329,7 +331,7 @@ class TrustRegion:
             raise Unusable(watch.refused)
         if not seen:  # as where a batch has no labels: nothing was found out
             return Length(0.0, known)
-        if length.steps and length.kl == length.fall == 0:
+        if length.steps and length.kl == length.fall == 0 and not ranks.sum(any(of.changed for of in outputs))[0]:
             length = Length(min(length.steps, UNWATCHED), known)
             self._warn(
                 "unchanged",
@@ -339,9 +341,7 @@ class TrustRegion:
         for error in failures:
             self._warn("failed", f"a jump was left out, since the model failed on its last inputs: {error!r}")
         if not finite and not failures:
-            self._warn(
-                "failed", "a jump was left out, since outputs of the model, here or on another rank, are not finite"
-            )
+            self._warn("failed", "a jump was left out, since outputs of the model, on some rank, are not finite")
         return length
 
     def _not_found(self) -> str:

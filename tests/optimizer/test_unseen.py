@@ -70,10 +70,12 @@ def test_a_critic_of_the_same_optimizer_jumps_as_far_as_the_policy_may(beside: s
 # --- other phases -----------------------------------------------------------------------------------------------------
 
 
-def change(late: int, realign: bool = False) -> tuple[float, list[str]]:
+def change(late: int, realign: bool = False, beside: bool = False) -> tuple[float, list[str]]:
     """The largest KL of the outputs over any cycle, and what was said; the body is unfrozen after `late` steps."""
-    model = Net()
+    model, other = Net(), nn.Parameter(torch.ones(3))
     optimizer = ExtraAdam(model.parameters(), lr=2e-4)
+    if beside:
+        optimizer.add_param_group({"params": [other], "extra_steps": 0, "extra_every": 1})
     x, y = batch()
     outputs = []
     with warnings.catch_warnings(record=True) as seen:
@@ -84,15 +86,16 @@ def change(late: int, realign: bool = False) -> tuple[float, list[str]]:
             if realign and step == late:
                 optimizer.reset_anchor()
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x).logits, y).backward()
+            (nn.functional.cross_entropy(model(x).logits, y) + other.sum()).backward()
             optimizer.step()
             outputs.append(model(x).logits.detach().log_softmax(-1))
     pairs = zip(outputs[4 * EVERY :], outputs[5 * EVERY :])
     return max(float((a.exp() * (a - b)).sum(-1).mean()) for a, b in pairs), [str(w.message) for w in seen]
 
 
-def test_layers_that_are_unfrozen_in_mid_run_take_the_limits_once_more() -> None:
-    kl, said = change(late=3)
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a group that never jumps"])
+def test_layers_that_are_unfrozen_in_mid_run_take_the_limits_once_more(beside: bool) -> None:
+    kl, said = change(late=3, beside=beside)
     assert 0.002 < kl <= 0.021 and sum("2 phases of their cycles" in words for words in said) == 1
 
 
@@ -130,6 +133,28 @@ def test_a_model_that_does_not_compute_with_the_trained_weights_in_a_trial_seems
             optimizer.step()
             lengths.append(optimizer.last_jump.length if optimizer.last_jump else 0.0)
     assert max(lengths) == UNWATCHED and told(seen, "a trial changed nothing in the outputs of Switched") == 1
+
+
+def test_a_policy_that_is_sure_of_all_its_answers_seems_unchanged() -> None:
+    """Nothing plausible falls, and KL is 0: what is too unlikely to count has changed all the same."""
+
+    class Sure(Net):
+        def forward(self, x: Tensor) -> Any:
+            logits = super().forward(x).logits
+            return SimpleNamespace(logits=logits + 60 * nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), 5))
+
+    model = Sure()
+    optimizer = ExtraAdam(model.parameters(), lr=1e-4)
+    x, _ = batch()
+    lengths = []
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(8 * EVERY):
+            optimizer.zero_grad()
+            model(x).logits[:, 1:].square().mean().backward()
+            optimizer.step()
+            lengths.append(optimizer.last_jump.length if optimizer.last_jump else 0.0)
+    assert max(lengths) > UNWATCHED and told(seen, "changed nothing") == 0
 
 
 # --- no distribution --------------------------------------------------------------------------------------------------
